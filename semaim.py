@@ -1,0 +1,418 @@
+"""SemAIM: semantic-aware autoregressive image modeling (Song, Zhang, Wang, AAAI 2024, arXiv:2312.10457).
+
+An image has no natural order, so SemAIM gives it one: the patch that looks most like the whole image comes first,
+and the others follow by their distance from it. A vision transformer learns by predicting each patch, its pixels or
+a teacher's feature of it, from the patches that come before it.
+
+    images -> ViT without a mask -> similarity_map -> patch_order -> order
+    images -> patch embedding, taken in that order -> content stream (causal self-attention)
+    positions alone,           taken in that order -> query stream (causal cross-attention to the content)
+    query stream -> prediction head -> loss against pixel_target or a teacher's features
+
+This one file needs torch and einops only. The sections stand in the order in which the data flows.
+Shapes: N images, L = grid * grid patches, D width, C channels; token 0 is [CLS].
+"""
+import math
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+ARCHS = {  # nano is for CPUs; base and large are the paper's; tiny, small and huge are the usual sizes around them
+    "vit_nano": dict(patch_size=8, dim=128, depth=4, heads=4, query_depth=2),
+    "vit_tiny": dict(patch_size=16, dim=192, depth=12, heads=3, query_depth=12),
+    "vit_small": dict(patch_size=16, dim=384, depth=12, heads=6, query_depth=12),
+    "vit_base": dict(patch_size=16, dim=768, depth=12, heads=12, query_depth=12),
+    "vit_large": dict(patch_size=16, dim=1024, depth=24, heads=16, query_depth=12),
+    "vit_huge": dict(patch_size=14, dim=1280, depth=32, heads=16, query_depth=16),
+}
+ORDERS = ("semantic", "similarity", "stochastic", "raster", "center")
+ANCHORS = ("cls", "gap", "attention")
+TARGETS = ("pixel", "dino", "clip", "ema")
+
+
+def _check(flag: str, value, choices):
+    if value not in choices:
+        raise ValueError(f"{flag} {value!r} is unknown: choose from {', '.join(choices)}")
+
+
+# ---------------------------------------------------------------- patches and positions (paper: Preliminary) ----
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Images (N, C, H, W) -> patches (N, L, p*p*C): row by row, and (row, column, channel) within a patch."""
+    return rearrange(images, "n c (h p) (w q) -> n (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Inverse of patchify on a square grid: patches (N, L, p*p*C) -> images (N, C, H, H)."""
+    grid = math.isqrt(patches.shape[1])
+    return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=grid, p=patch_size, q=patch_size)
+
+
+def sincos_pos_embed(dim: int, grid: int) -> Tensor:
+    """Fixed 2-D sin-cos positions (1, 1 + grid*grid, dim): zeros for CLS, then half of the channels for the patch's
+    column and half for its row, each [sin, cos] of the position times 10000^(-k / (dim/4))."""
+    frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim/2), the same for rows and columns
+    column, row = repeat(line, "w d -> (h w) d", h=grid), repeat(line, "h d -> (h w) d", w=grid)
+    patches = torch.cat([column, row], dim=1)
+    return torch.cat([torch.zeros(1, dim), patches.float()])[None]
+
+
+class PatchEmbed(nn.Module):
+    """Images (N, 3, H, W) -> patch tokens (N, L, D): one linear map for every patch, stored as a convolution."""
+
+    def __init__(self, patch_size: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return rearrange(self.proj(images), "n d h w -> n (h w) d")
+
+
+# ---------------------------------------------------------------- ViT (Dosovitskiy et al. 2021; pre-norm) ----
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
+    """Multi-head attention: q (N, h, Q, d), k and v (N, h, K, d) -> (N, Q, h*d).
+
+    mask: None (all see all), "causal" (query t sees keys 0..t; FlashAttention needs no tensor for it), or bool
+    (N, Q, K), True = may attend."""
+    causal = isinstance(mask, str)
+    bias = None if causal or mask is None else mask[:, None]
+    return rearrange(F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal), "n h t d -> n t (h d)")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, tokens (N, T, D) -> (N, T, D)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor):
+        """Tokens (N, T, D) -> q, k, v, each (N, h, T, D/h)."""
+        return rearrange(self.qkv(x), "n t (three h d) -> three n h t d", three=3, h=self.heads)
+
+    def forward(self, x: Tensor, mask=None) -> Tensor:
+        return self.proj(attend(*self.split(x), mask))
+
+
+class Mlp(nn.Module):
+    """(..., dim) -> (..., out), one hidden layer with GELU."""
+
+    def __init__(self, dim: int, hidden: int, out: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, tokens (N, T, D) -> (N, T, D). drop_path: chance that a sample skips a branch."""
+
+    def __init__(self, dim: int, heads: int, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim, dim)
+        self.drop_path = drop_path
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        if not (self.training and self.drop_path):
+            return branch
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * keep / (1 - self.drop_path)
+
+    def forward(self, x: Tensor, mask=None) -> Tensor:
+        x = x + self._drop(self.attn(self.norm1(x), mask))
+        return x + self._drop(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Vision transformer: images (N, 3, H, W) -> pooled features (N, D), or logits (N, num_classes) if there are
+    classes. pool "cls": CLS after `norm`; "mean": mean of the patch tokens, then `fc_norm` in place of `norm`."""
+
+    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, num_classes=0, pool="cls",
+                 drop_path=0.0):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+        if dim % 4 or dim % heads:
+            raise ValueError(f"dim {dim} must be a multiple of 4 and of heads {heads}")
+        _check("pool", pool, ("cls", "mean"))
+        self.img_size, self.patch_size, self.pool = img_size, patch_size, pool
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size))
+        rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
+        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module: nn.Module):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten is a view: the convolution is seen as a linear
+            nn.init.zeros_(module.bias)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> patch tokens with their positions (N, L, D); no CLS yet."""
+        if images.shape[-2:] != (self.img_size, self.img_size):
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, but the model's img_size is {self.img_size}")
+        return self.patch_embed(images) + self.pos_embed[:, 1:]
+
+    def with_cls(self, patches: Tensor) -> Tensor:
+        """Patch tokens (N, T, D) -> (N, 1+T, D) with CLS and its position in front."""
+        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1), patches], dim=1)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> tokens (N, 1+L, D) after the final norm; every token sees the whole image."""
+        x = self.with_cls(self.embed(images))
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def attention_map(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> (N, L): what CLS pays to each patch in the last block, mean over the heads."""
+        x = self.with_cls(self.embed(images))
+        for block in self.blocks[:-1]:
+            x = block(x)
+        q, k, _ = self.blocks[-1].attn.split(self.blocks[-1].norm1(x))
+        weights = (q[:, :, :1] @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])  # CLS is the only query needed
+        return weights.softmax(-1)[:, :, 0, 1:].mean(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.tokens(images)
+        return self.head(self.fc_norm(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)))
+
+
+# ---------------------------------------------------------------- similarity (paper: Semantic-aware permutation) ----
+
+
+def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
+    """Tokens (N, 1+L, D) -> (N, L): cosine of each patch token with CLS ("cls") or with the patches' mean ("gap").
+    (The "attention" anchor needs the attention weights: ViT.attention_map.)"""
+    _check("anchor", anchor, ("cls", "gap"))
+    cls, patches = tokens[:, :1], tokens[:, 1:]
+    centre = cls if anchor == "cls" else patches.mean(1, keepdim=True)
+    return F.cosine_similarity(centre, patches, dim=-1)
+
+
+# ---------------------------------------------------------------- order (paper: Semantic-aware permutation) ----
+
+
+def patch_order(kind: str, similarity: Tensor) -> Tensor:
+    """Similarity (N, L) -> order (N, L) long on a square grid; order[n, t] = index of the patch predicted at step t.
+
+    "semantic" (the paper's): outwards from the most similar patch, by Euclidean distance on the grid.
+    "similarity": most similar first.  "stochastic": random (SAIM).  "raster": row by row (iGPT).
+    "center": square rings outwards from the middle of the image.  Equals come in random order."""
+    _check("order", kind, ORDERS)
+    n, length = similarity.shape
+    grid = math.isqrt(length)
+    if grid * grid != length:
+        raise ValueError(f"{length} patches are not a square grid")
+    index = torch.arange(length, device=similarity.device)
+    row, column = index // grid, index % grid
+    if kind == "raster":
+        return index.repeat(n, 1)
+    if kind == "similarity":
+        return similarity.argsort(dim=1, descending=True, stable=True)
+    if kind == "semantic":
+        centre = similarity.argmax(dim=1, keepdim=True)
+        score = (row - centre // grid) ** 2 + (column - centre % grid) ** 2  # squared: whole numbers, the same order
+    elif kind == "center":
+        score = torch.maximum((2 * row - grid + 1).abs(), (2 * column - grid + 1).abs()).expand(n, -1)
+    else:
+        score = torch.zeros_like(similarity)
+    # Scores are whole numbers, so noise below 1/2 shuffles the equal ones and never lets a farther patch pass.
+    return (score + 0.5 * torch.rand(n, length, device=similarity.device)).argsort(dim=1)
+
+
+# ---------------------------------------------------------------- masks (paper: Autoregressive modeling) ----
+
+
+def autoregressive_masks(order: Tensor) -> tuple[Tensor, Tensor]:
+    """Order (N, L) -> content mask (N, 1+L, 1+L) and query mask (N, L, 1+L), bool, True = may attend.
+
+    Rows (who looks) and columns (at whom) stand in raster order with CLS first. A content token sees itself, CLS and
+    the patches before it; a query sees CLS and the patches before it, never its own; CLS sees itself alone."""
+    rank = order.argsort(dim=1)  # rank[n, i] = step at which patch i is predicted
+    rank = F.pad(rank, (1, 0), value=-1)  # CLS comes before all
+    content = rank[:, None, :] <= rank[:, :, None]
+    query = rank[:, None, :] < rank[:, 1:, None]
+    return content, query
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x (N, L, D), index (N, T) -> (N, T, D): x[n, index[n, t]]."""
+    return torch.take_along_dim(x, index[..., None], dim=1)
+
+
+# ---------------------------------------------------------------- the second stream (paper: Autoregressive modeling) ----
+
+
+class CrossAttention(nn.Module):
+    """Queries (N, Q, D) read from content (N, K, D) -> (N, Q, D)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, query: Tensor, content: Tensor, mask=None) -> Tensor:
+        q, k, v = (rearrange(x, "n t (h d) -> n h t d", h=self.heads)
+                   for x in (self.q(query), self.k(content), self.v(content)))
+        return self.proj(attend(q, k, v, mask))
+
+
+class QueryBlock(nn.Module):
+    """Decoder block: query (N, Q, D), content (N, K, D) -> query (N, Q, D). One norm1 serves both streams."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = CrossAttention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, 4 * dim, dim)
+
+    def forward(self, query: Tensor, content: Tensor, mask=None) -> Tensor:
+        query = query + self.attn(self.norm1(query), self.norm1(content), mask)
+        return query + self.mlp(self.norm2(query))
+
+
+# ---------------------------------------------------------------- targets and losses (paper: Prediction target) ----
+
+
+def gaussian_blur(images: Tensor, kernel_size: int = 9, sigma: float = 1.0) -> Tensor:
+    """Images (N, C, H, W) -> the same shape, each channel smoothed with a Gaussian; zeros beyond the border."""
+    x = torch.arange(kernel_size, device=images.device, dtype=images.dtype) - kernel_size // 2
+    line = torch.exp(-(x**2) / (2 * sigma**2))
+    line = (line / line.sum()).expand(images.shape[1], 1, 1, -1)
+    rows = F.conv2d(images, line, padding=(0, kernel_size // 2), groups=images.shape[1])
+    return F.conv2d(rows, line.mT, padding=(kernel_size // 2, 0), groups=images.shape[1])
+
+
+@torch.no_grad()
+def pixel_target(images: Tensor, patch_size: int, blur: bool = True, norm_pix: bool = True) -> Tensor:
+    """Normalised images (N, C, H, W) -> (N, L, p*p*C): blurred, patchified, each patch to mean 0 and variance 1."""
+    with torch.autocast(images.device.type, enabled=False):  # a target in half precision would be a noisy one
+        target = patchify(gaussian_blur(images) if blur else images, patch_size)
+        if norm_pix:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return target
+
+
+def pixel_loss(prediction: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
+    """(N, L, K) twice -> (N, L): mean squared ("l2") or mean absolute ("l1") error of each patch."""
+    _check("loss", kind, ("l2", "l1"))
+    difference = prediction.float() - target
+    return (difference**2 if kind == "l2" else difference.abs()).mean(-1)
+
+
+def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """(N, L, C) twice -> (N, L): squared distance of the two unit vectors, 2 - 2 cos, of each patch."""
+    return (F.normalize(prediction.float(), dim=-1) - F.normalize(target.float(), dim=-1)).square().sum(-1)
+
+
+# ---------------------------------------------------------------- SemAIM (paper: Figure 2) ----
+
+
+class Output(NamedTuple):
+    """What a SemAIM forward returns; maps and prediction in raster order, whatever the order of prediction was."""
+    loss: Tensor                  # scalar, mean of loss_map
+    loss_map: Tensor              # (N, L)
+    order: Tensor                 # (N, L), order[n, t] = index of the patch predicted at step t
+    similarity: Optional[Tensor]  # (N, L); None where the order was given or looks at no content
+    prediction: Tensor            # (N, L, target_dim)
+
+
+class SemAIM(ViT):
+    """A ViT that predicts each patch from the patches before it: images (N, 3, H, W) -> Output.
+
+    query_depth: blocks of the second stream; the first reads encoder block depth/query_depth, the last the last one.
+    target "pixel" is computed here; with "dino", "clip" or "ema", pass the teacher's features (N, L, target_dim)."""
+
+    def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
+                 target_dim=None, order="semantic", anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp"):
+        for flag, value, choices in (("target", target, TARGETS), ("order", order, ORDERS), ("head", head,
+                                     ("mlp", "linear")), ("anchor", anchor, ANCHORS), ("loss", loss, ("l2", "l1"))):
+            _check(flag, value, choices)
+        if not query_depth or depth % query_depth:
+            raise ValueError(f"query_depth {query_depth} does not divide depth {depth}")
+        super().__init__(img_size, patch_size, dim, depth, heads)
+        self.target, self.order, self.anchor, self.loss = target, order, anchor, loss
+        self.norm_pix, self.blur = norm_pix, blur
+        self.pos_embed.requires_grad_(False)
+        self.query_blocks = nn.ModuleList(QueryBlock(dim, heads) for _ in range(query_depth))
+        out = target_dim or (patch_size**2 * 3 if target == "pixel" else dim)
+        self.prediction_head = Mlp(dim, 4 * dim, out) if head == "mlp" else nn.Linear(dim, out)
+        self.query_blocks.apply(self._init)
+        self.prediction_head.apply(self._init)
+
+    @torch.no_grad()
+    def similarity(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> similarity (N, L) of each patch with the whole, in the model's own eyes."""
+        if self.anchor == "attention":
+            return self.attention_map(images)
+        return similarity_map(self.tokens(images), self.anchor)
+
+    def predict(self, images: Tensor, order: Tensor) -> Tensor:
+        """Images (N, 3, H, W), order (N, L) -> prediction (N, L, target_dim) in raster order.
+
+        With the patches taken in order, "sees CLS and the patches before it" is plain causal attention: content is
+        [CLS, 1st, ..., (L-1)th patch], and query t, which predicts the t-th patch, sees content 0..t (counted from
+        0). The last patch is missing, for nobody looks at it."""
+        content = self.with_cls(take(self.embed(images), order[:, :-1]))
+        query = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), order)
+        query = self._streams(content, query, "causal", "causal")
+        return self._predict(take(query, order.argsort(dim=1)))
+
+    def predict_masked(self, images: Tensor, order: Tensor) -> Tensor:
+        """The same as the paper draws it: patches stay where they are, two masks say who sees whom. For reading and
+        for proof; it is slower."""
+        content = self.with_cls(self.embed(images))
+        query = self.pos_embed[:, 1:].expand(len(images), -1, -1)
+        return self._predict(self._streams(content, query, *autoregressive_masks(order)))
+
+    def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
+        every = len(self.blocks) // len(self.query_blocks)
+        for i, block in enumerate(self.blocks):
+            content = block(content, content_mask)
+            if (i + 1) % every == 0:
+                query = self.query_blocks[i // every](query, content, query_mask)
+        return query
+
+    def _predict(self, query: Tensor) -> Tensor:
+        return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
+
+    def forward(self, images: Tensor, order: Optional[Tensor] = None, target: Optional[Tensor] = None,
+                masked: bool = False) -> Output:
+        similarity = None
+        if order is None:
+            if self.order in ("semantic", "similarity"):
+                similarity = self.similarity(images)
+            blank = images.new_zeros(len(images), self.pos_embed.shape[1] - 1)
+            order = patch_order(self.order, blank if similarity is None else similarity)
+        if target is None:
+            if self.target != "pixel":
+                raise ValueError(f"target {self.target!r} needs the teacher's features: pass target=(N, L, target_dim)")
+            target = pixel_target(images, self.patch_size, self.blur, self.norm_pix)
+        prediction = (self.predict_masked if masked else self.predict)(images, order)
+        loss_map = pixel_loss(prediction, target, self.loss) if self.target == "pixel" else feature_loss(
+            prediction, target)
+        return Output(loss_map.mean(), loss_map, order, similarity, prediction)

@@ -1,0 +1,573 @@
+"""The proof, on a CPU, with no network: python -m pytest -q test_semaim.py
+
+Golden numbers were computed with the authors' release, on CPU in fp32, from weights, images and orders that a formula
+makes, so that no file has to travel; everything else is checked against its definition, written out here.
+"""
+import json
+import math
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+
+import semaim
+import train
+from semaim import (ORDERS, SemAIM, ViT, autoregressive_masks, feature_loss, patch_order, patchify, pixel_loss,
+                    pixel_target, sincos_pos_embed, similarity_map, unpatchify)
+
+GRIDS = (4, 7, 14, 24)
+
+# ---------------------------------------------------------------- the authors' numbers ----
+
+
+def hash01(n, c):
+    """n float64 numbers in [0, 1), a fixed pseudo-random sequence for each integer c."""
+    x = torch.sin(12.9898 * torch.arange(n, dtype=torch.float64) + 78.233 * c) * 43758.5453
+    return x - torch.floor(x)
+
+
+def formula(shape, c, scale=1.0):
+    return ((hash01(math.prod(shape), c) - 0.5) * 2 * scale).float().reshape(shape)
+
+
+@torch.no_grad()
+def fill(module, salt=0):
+    """Every parameter by its place among the sorted names; so this also fails if a name is not the release's."""
+    names = sorted(name for name, _ in module.named_parameters())
+    for name, p in module.named_parameters():
+        if name != "pos_embed" or p.requires_grad:
+            w = formula(p.shape, names.index(name) + 1 + salt, 0.15)
+            p.copy_(1 + w if "norm" in name and name.endswith("weight") else w)
+    return module
+
+
+def golden_inputs():
+    return formula((2, 3, 224, 224), 900, 2.0), hash01(2 * 196, 901).reshape(2, 196).float().argsort(1)
+
+
+NAMES = ("cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight",
+         "query_blocks.0.attn.k.weight", "norm.weight", "prediction_head.fc2.weight")
+GOLDEN = {  # options: loss, loss of image 0's first patch and image 1's last, gradient norms of NAMES and of all
+    "pixel_l2": (dict(), 1.395142674446106, 1.3664056062698364, 1.429073452949524, (
+        0.047259990125894547, 0.07739917188882828, 0.052045341581106186, 0.04989607632160187, 0.04206980764865875,
+        0.16027745604515076, 0.21863508224487305), 1.2654666900634766),
+    "pixel_l1": (dict(loss="l1"), 0.9477978944778442, 0.9439367651939392, 0.9609424471855164, (
+        0.0156298466026783, 0.025523798540234566, 0.017321938648819923, 0.016404684633016586, 0.01385476440191269,
+        0.05325644090771675, 0.07335851341485977), 0.4198976159095764),
+    "pixel_l2_query_depth1": (dict(query_depth=1), 1.3672186136245728, 1.4325060844421387, 1.3623299598693848, (
+        0.029512040317058563, 0.05631984397768974, 0.03643092140555382, 0.06618937849998474, 0.03167093172669411,
+        0.1487841159105301, 0.21037523448467255), 0.9595431685447693),
+    "feature_clip32": (dict(target="clip", target_dim=32), 2.0371651649475098, 1.7920637130737305, 1.6433697938919067, (
+        0.016199583187699318, 0.040386445820331573, 0.019754184409976006, 0.014328981749713421, 0.015223043039441109,
+        0.016809143126010895, 0.17650280892848969), 0.4014759063720703),
+}
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("gather", "masked"))
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden_losses_and_gradients(case, masked):
+    options, loss, first, last, norms, total = GOLDEN[case]
+    images, order = golden_inputs()
+    model = fill(SemAIM(224, 16, 64, 2, 4, **dict(query_depth=2) | options))
+    target = formula((2, 197, 32), 902)[:, 1:] if case == "feature_clip32" else None
+    out = model(images, order, target, masked=masked)
+    out.loss.backward()
+    gradients = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.requires_grad}
+    close = dict(rel=2e-5, abs=0)
+    assert out.loss.item() == pytest.approx(loss, **close)
+    assert (out.loss_map[0, 0].item(), out.loss_map[1, -1].item()) == pytest.approx((first, last), **close)
+    assert [gradients[name] for name in NAMES] == pytest.approx(norms, **close)
+    assert math.hypot(*gradients.values()) == pytest.approx(total, **close)
+
+
+def test_golden_encoder_and_similarity():
+    model = fill(SemAIM(224, 16, 64, 2, 4, query_depth=2))
+    with torch.no_grad():
+        images = golden_inputs()[0]
+        tokens = model.tokens(images)
+        maps = [similarity_map(tokens, "cls").softmax(1), similarity_map(tokens, "gap").softmax(1),
+                model.attention_map(images)]
+    assert (tokens.mean().item(), tokens.norm().item(), tokens[:, 0].norm().item()) == pytest.approx(
+        (0.014013675041496754, 160.98573303222656, 11.68899154663086), rel=2e-5)
+    first = [m[0, 0].item() for m in maps]
+    assert first == pytest.approx((0.0055009606294333935, 0.005060284398496151, 0.004039186052978039), rel=2e-5)
+    other = [maps[0][0, 100].item(), maps[1][1, 100].item(), maps[2][1, 100].item()]
+    assert other == pytest.approx((0.006489966996014118, 0.005348755978047848, 0.005383763462305069), rel=2e-5)
+    assert [m.argmax(1).tolist() for m in maps] == [[9, 8], [127, 193], [81, 108]]
+
+
+def test_golden_classifier():
+    model = fill(ViT(224, 16, 64, 2, 4, num_classes=10, pool="mean"), salt=50).eval()
+    images = golden_inputs()[0]
+    expected = ((0.3837955594062805, -0.5849047303199768, -0.2042291760444641, -0.20139147341251373),
+                (0.349489688873291, -0.7728502154350281, 0.15020939707756042, -0.1425057202577591))
+    torch.testing.assert_close(model(images)[:, :4], torch.tensor(expected), rtol=2e-5, atol=2e-6)
+    model.head = torch.nn.Identity()
+    assert model(images).norm().item() == pytest.approx(11.123528480529785, rel=2e-5)
+
+
+def test_golden_positions():
+    positions = sincos_pos_embed(768, 14)
+    assert positions.shape == (1, 197, 768) and not positions[:, 0].any()
+    assert (positions.sum().item(), positions.norm().item()) == pytest.approx((69594.5, 274.3428649902344), rel=2e-5)
+    assert positions[0, 2, 0].item() == pytest.approx(math.sin(1))  # patch 1: column 1 in the first half,
+    assert positions[0, 15, 384].item() == pytest.approx(math.sin(1))  # patch 14: row 1 in the second
+
+
+def test_golden_schedule():
+    expected = {0: 0.0, 0.5: 2.6666666666666667e-05, 15: 0.0008, 30: 0.0016, 30.25: 0.0015999995838419825,
+                400: 0.0008489293286574743, 799.9: 6.658528768355154e-11}
+    for epoch, lr in expected.items():
+        assert train.learning_rate(epoch, 1.6e-3, 30, 800) == pytest.approx(lr, rel=2e-5)
+    assert train.learning_rate(100, 5e-4, 20, 100, min_lr=1e-6) == pytest.approx(1e-6)
+
+
+# ---------------------------------------------------------------- patches, targets, losses ----
+
+
+def test_patchify_layout_and_inverse():
+    images = torch.randn(2, 3, 12, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 9, 48)
+    assert patches[1, 5, (2 * 4 + 3) * 3 + 1] == images[1, 1, 1 * 4 + 2, 2 * 4 + 3]  # patch 5 = row 1, column 2
+    assert torch.equal(unpatchify(patches, 4), images)
+
+
+def test_pixel_target_by_definition():
+    images = torch.randn(2, 3, 16, 16)
+    x = torch.arange(9.0) - 4
+    kernel = torch.exp(-(x[:, None] ** 2 + x[None, :] ** 2) / 2)
+    padded = F.pad(images, (4, 4, 4, 4))  # zeros
+    blurred = (padded.unfold(2, 9, 1).unfold(3, 9, 1) * kernel / kernel.sum()).sum((-1, -2))
+    patches = patchify(blurred, 8)
+    expected = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
+    torch.testing.assert_close(pixel_target(images, 8), expected)
+    torch.testing.assert_close(pixel_target(images, 8, norm_pix=False), patches)
+    assert torch.equal(pixel_target(images, 8, blur=False, norm_pix=False), patchify(images, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(pixel_target(images, 8), expected)  # half precision must not reach the target
+
+
+def test_losses_by_definition():
+    a, b = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    torch.testing.assert_close(pixel_loss(a, b), ((a - b) ** 2).mean(-1))
+    torch.testing.assert_close(pixel_loss(a, b, "l1"), (a - b).abs().mean(-1))
+    torch.testing.assert_close(feature_loss(a, b), 2 - 2 * F.cosine_similarity(a, b, dim=-1))
+
+
+# ---------------------------------------------------------------- orders ----
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("kind", ORDERS)
+def test_order_is_a_permutation(kind, grid):
+    order = patch_order(kind, torch.randn(5, grid**2))
+    assert order.dtype == torch.long
+    assert torch.equal(order.sort(1).values, torch.arange(grid**2).expand(5, -1))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_semantic_order(grid):
+    similarity = torch.randn(8, grid**2)
+    order = patch_order("semantic", similarity)
+    centre = similarity.argmax(1)
+    assert torch.equal(order[:, 0], centre)
+    row, column = order // grid, order % grid
+    distance = torch.hypot((row - row[:, :1]).double(), (column - column[:, :1]).double())
+    assert (distance.diff(dim=1) >= 0).all()
+    assert not torch.equal(order, patch_order("semantic", similarity))  # the ties are shuffled anew
+
+
+def test_ties_are_shuffled_evenly():
+    similarity = torch.zeros(4000, 25)
+    similarity[:, 12] = 1  # the middle: 7, 11, 13, 17 are at distance 1
+    second = patch_order("semantic", similarity)[:, 1].bincount(minlength=25)
+    assert set(second.nonzero().flatten().tolist()) == {7, 11, 13, 17}
+    assert second[[7, 11, 13, 17]].float().sub(1000).abs().max() < 150  # 5 standard deviations
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_other_orders(grid):
+    similarity = torch.randn(6, grid**2)
+    picked = similarity.gather(1, patch_order("similarity", similarity))
+    assert (picked.diff(dim=1) <= 0).all()
+    assert torch.equal(patch_order("raster", similarity), torch.arange(grid**2).expand(6, -1))
+    order = patch_order("center", similarity)
+    ring = torch.maximum((order // grid - (grid - 1) / 2).abs(), (order % grid - (grid - 1) / 2).abs())
+    assert (ring.diff(dim=1) >= 0).all() and not torch.equal(order[0], order[1])
+    first = patch_order("stochastic", torch.zeros(200, grid**2))[:, 0]
+    assert first.unique().numel() > min(grid**2, 200) / 3
+
+
+def test_similarity_anchors_by_definition():
+    tokens = torch.randn(2, 10, 8)
+    unit = F.normalize(tokens, dim=-1)
+    torch.testing.assert_close(similarity_map(tokens, "cls"), (unit[:, 1:] * unit[:, :1]).sum(-1))
+    mean = F.normalize(tokens[:, 1:].mean(1, keepdim=True), dim=-1)
+    torch.testing.assert_close(similarity_map(tokens, "gap"), (unit[:, 1:] * mean).sum(-1))
+    model = tiny()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        x = model.blocks[0](model.with_cls(model.embed(images)))
+        qkv = model.blocks[1].attn.qkv(model.blocks[1].norm1(x))
+        q, k, _ = rearrange(qkv, "n t (s h d) -> s n h t d", s=3, h=2)
+        attention = (q @ k.mT / 4**0.5).softmax(-1)[:, :, 0, 1:].mean(1)
+        torch.testing.assert_close(model.attention_map(images), attention)
+
+
+@pytest.mark.parametrize("anchor", semaim.ANCHORS)
+def test_model_orders_by_its_own_unmasked_similarity(anchor):
+    model = tiny(anchor=anchor)
+    images = torch.randn(3, 3, 8, 8)
+    out = model(images)
+    with torch.no_grad():
+        expected = model.attention_map(images) if anchor == "attention" else similarity_map(model.tokens(images), anchor)
+    torch.testing.assert_close(out.similarity, expected)
+    assert torch.equal(out.order[:, 0], expected.argmax(1)) and not out.similarity.requires_grad
+
+
+# ---------------------------------------------------------------- masks and streams ----
+
+
+def tiny(grid=4, patch=2, **options):
+    torch.manual_seed(0)
+    return SemAIM(**dict(img_size=grid * patch, patch_size=patch, dim=8, depth=2, heads=2, query_depth=2) | options)
+
+
+def test_masks_by_definition():
+    order = torch.tensor([[2, 0, 3, 1]])
+    rank = {0: 0} | {patch + 1: step + 1 for step, patch in enumerate(order[0].tolist())}  # token -> turn, CLS first
+    content, query = autoregressive_masks(order)
+    assert content.shape == (1, 5, 5) and query.shape == (1, 4, 5) and content.dtype == query.dtype == torch.bool
+    for i in range(5):
+        for j in range(5):
+            assert content[0, i, j] == (rank[j] <= rank[i])
+            assert i == 0 or query[0, i - 1, j] == (rank[j] < rank[i])
+
+
+@pytest.mark.parametrize("masked", (False, True), ids=("gather", "masked"))
+@pytest.mark.parametrize("grid", GRIDS)
+def test_no_prediction_sees_itself_or_what_comes_later(grid, masked):
+    """For every step t, new pixels in the t-th patch leave the predictions 0..t as they are and change t+1."""
+    model, length = tiny(grid).double(), grid**2
+    image = torch.randn(1, 3, 2 * grid, 2 * grid, dtype=torch.double)
+    order = torch.randperm(length)[None]
+    with torch.no_grad():
+        plain = model(image, order, masked=masked).prediction[0, order[0]]
+        for steps in torch.arange(length).split(36):
+            patches = patchify(image, 2).repeat(len(steps), 1, 1)
+            patches[torch.arange(len(steps)), order[0, steps]] += 1
+            moved = model(unpatchify(patches, 2), order.repeat(len(steps), 1), masked=masked).prediction[:, order[0]]
+            changed = (moved - plain).abs().amax(-1) > 1e-12  # (steps, length)
+            later = torch.arange(length) > steps[:, None]
+            assert not (changed & ~later).any()
+            assert changed[steps < length - 1, steps[steps < length - 1] + 1].all()
+        other = model(torch.randn_like(image), order, masked=masked).prediction[0, order[0]]
+        torch.testing.assert_close(other[0], plain[0], rtol=0, atol=1e-14)  # the first one depends on no pixel at all
+
+
+@pytest.mark.parametrize("depth,query_depth", ((2, 2), (4, 2), (3, 1)))
+def test_gather_equals_masks(depth, query_depth):
+    images, results = torch.randn(3, 3, 10, 10), []
+    order = patch_order("stochastic", torch.zeros(3, 25))
+    for masked in (False, True):
+        model = tiny(5, depth=depth, query_depth=query_depth, head="linear")
+        out = model(images, order, masked=masked)
+        out.loss.backward()
+        results.append((out, [p.grad for p in model.parameters() if p.requires_grad]))
+    (a, a_grad), (b, b_grad) = results
+    for name in ("loss", "loss_map", "prediction"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a_grad, b_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_similarity_forward_runs_in_the_precision_of_the_rest():
+    model, seen = tiny(), []
+    model.blocks[0].attn.qkv.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(2, 3, 8, 8))
+    assert seen == [torch.bfloat16] * 2 and out.loss.dtype == torch.float32  # the unmasked pass, then the masked one
+
+
+def test_feature_target_needs_features():
+    with pytest.raises(ValueError, match="target 'dino' needs the teacher's features"):
+        tiny(target="dino")(torch.randn(1, 3, 8, 8))
+
+
+def test_initialisation():
+    model = SemAIM(32, 8, 64, 2, 4, 2)
+    assert not model.pos_embed.requires_grad
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert not p.any()
+        elif p.ndim > 1 and name not in ("cls_token", "pos_embed"):  # xavier: uniform within sqrt(6 / (in + out))
+            bound = math.sqrt(6 / (p.shape[0] + p[0].numel()))
+            assert 0.95 * bound < p.abs().max() <= bound, name
+    assert 0.01 < model.cls_token.std() < 0.03
+
+
+def test_compiles_without_a_graph_break():
+    images = torch.randn(2, 3, 8, 8)
+    model = tiny(order="similarity")
+    plain = model(images).loss
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images).loss, plain)
+    torch.compile(tiny(), fullgraph=True, backend="aot_eager")(images).loss.backward()  # the random ties too
+
+
+# ---------------------------------------------------------------- data ----
+
+
+def test_shapes_are_balanced_and_repeatable():
+    (a, labels), (b, _), (c, _) = train.draw_shapes(40, 0), train.draw_shapes(40, 0), train.draw_shapes(40, 1)
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert a.dtype == torch.uint8 and a.shape == (40, 3, 48, 48) and labels.bincount().tolist() == [4] * 10
+
+
+def test_every_image_once_an_epoch_whoever_computes_it(monkeypatch):
+    def keys(world, accum, start=0):
+        ranks = []
+        for rank in range(world):
+            monkeypatch.setattr(train, "RANK", rank)
+            monkeypatch.setattr(train, "WORLD", world)
+            ranks.append(list(train.Batches(26, 8, accum, seed=3, start=start, stop=6)))
+        steps = len(ranks[0]) // accum
+        return [sorted(key for r in ranks for micro in r[s * accum:(s + 1) * accum] for key in micro)
+                for s in range(steps)]
+
+    one = keys(1, 1)
+    assert [len(step) for step in one] == [8] * 6
+    epochs = [{i for _, i in one[0] + one[1] + one[2]}, {i for _, i in one[3] + one[4] + one[5]}]
+    assert [len(epoch) for epoch in epochs] == [24, 24] and epochs[0] != epochs[1]
+    assert keys(2, 1) == keys(1, 2) == keys(2, 2) == keys(4, 2) == one
+    assert keys(2, 1, start=4) == one[4:]
+
+
+def folder(tmp_path, n=12, size=(40, 30), classes=("cat", "dog")):
+    """A small data set in ImageNet's layout."""
+    images = train.draw_shapes(2 * n, 5)[0]
+    for i, image in enumerate(images):
+        path = tmp_path / "data" / ("train" if i < n else "val") / classes[i % len(classes)] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train.v2.functional.to_pil_image(image).resize(size).save(path)
+    return tmp_path / "data"
+
+
+def test_folder_layouts(tmp_path):
+    data = folder(tmp_path)
+    images, val = train.load_data(str(data), "train"), train.load_data(str(data), "val")
+    assert images.classes == ["cat", "dog"] and len(images) == len(val) == 12
+    assert images.labels.tolist() == [0] * 6 + [1] * 6
+    view, label, bad = images.seen(train.eval_view, 32)[0, 7]
+    assert view.shape == (3, 32, 32) and view.dtype == torch.uint8 and (label, bad) == (1, -1)
+    (data / "val").rename(data / "test")
+    assert len(train.load_data(str(data), "val")) == 12
+    plain = train.load_data(str(data / "train" / "cat"), "train")  # just images, no classes
+    assert len(plain) == 6 and plain.labels is None and train.load_data(str(data / "train" / "cat"), "val") is None
+
+
+def test_views_depend_on_seed_epoch_and_index_alone(tmp_path):
+    images = train.load_data(str(folder(tmp_path)), "train").seen(train.random_view, 32, seed=1)
+    first = images[0, 3][0]
+    torch.rand(5)
+    assert torch.equal(images[0, 3][0], first)
+    assert not torch.equal(images[1, 3][0], first)
+    assert not torch.equal(images.seen(train.random_view, 32, seed=2)[0, 3][0], first)
+
+
+def test_decode_modes(tmp_path):
+    def decoded(image, name="x.png", **options):
+        image.save(tmp_path / name, **options)
+        return train.decode(tmp_path / name)
+
+    assert decoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "cmyk.jpg").getpixel((0, 0))[0] > 200  # red
+    assert decoded(Image.new("I;16", (4, 4), 128 * 256)).getpixel((0, 0)) == (128, 128, 128)
+    assert decoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert decoded(Image.new("L", (4, 4), 7)).mode == "RGB"
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    assert decoded(palette, transparency=0).getpixel((0, 0)) == (10, 200, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert decoded(Image.new("RGB", (6, 4)), "turned.jpg", exif=exif).size == (4, 6)
+
+
+def test_normalise():
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    expected = train.v2.functional.normalize(images.float() / 255, train.MEAN, train.STD)
+    torch.testing.assert_close(train.normalise(images, torch.device("cpu")), expected)
+
+
+def test_knn_equals_brute_force():
+    bank, labels, queries = torch.randn(50, 8), torch.randint(4, (50,)), torch.randn(9, 8)
+    votes = train.knn_votes(queries, bank, labels, classes=4, k=7)
+    for i, query in enumerate(queries):
+        similarity = torch.tensor([F.cosine_similarity(query, b, dim=0) for b in bank])
+        expected = torch.zeros(4)
+        for j in similarity.argsort(descending=True)[:7]:
+            expected[labels[j]] += torch.exp(similarity[j] / 0.07)
+        torch.testing.assert_close(votes[i], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(train.knn_votes(queries, bank, labels, 4, 7, chunk=2), votes)
+
+
+# ---------------------------------------------------------------- runs ----
+
+
+def run(tmp_path, *flags, data=None, out="out"):
+    """One run of train.py on 12 images for 6 steps; returns its last checkpoint."""
+    args = ["--img_size", "32", "--batch_size", "4", "--accum_iter", "1", "--epochs", "2", "--warmup_epochs", "0.5",
+            "--knn_images", "0", "--workers", "0", "--output_dir", str(tmp_path / out)]
+    train.train(train.parse_args(["--data", str(data or folder(tmp_path)), *args, *flags]))
+    return torch.load(tmp_path / out / "last.pt", weights_only=True)
+
+
+def test_a_run_leaves_checkpoint_log_and_samples(tmp_path):
+    checkpoint = run(tmp_path, "--knn_images", "100")
+    assert (checkpoint["step"], checkpoint["epoch"]) == (6, 2) and checkpoint["config"]["arch"] == "vit_nano"
+    SemAIM(32, 8, 128, 4, 4, 2).load_state_dict(checkpoint["model"])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s"} <= set(lines[1])
+    assert "knn_cls" in lines[0] and "knn_cls" in lines[-1]
+    assert Image.open(tmp_path / "out" / "samples.png").size[0] > 500
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    whole = run(tmp_path, "--order", "raster", out="a")
+    parts = run(tmp_path, "--order", "raster", "--batch_size", "2", "--accum_iter", "2", out="b")
+    same_weights(whole["model"], parts["model"])
+
+
+def same_weights(a, b):
+    """Equal to fp32 rounding, but for key biases: softmax cancels them, so that their gradient is rounding noise alone,
+    and Adam scales noise up to the learning rate."""
+    for name in a:
+        x, y = (w[name].chunk(3)[::2] if "qkv.bias" in name else w[name] for w in (a, b))
+        if not name.endswith("attn.k.bias"):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_a_cut_run_ends_bit_for_bit_like_a_whole_one(tmp_path, monkeypatch, workers):
+    flags = ("--workers", str(workers), "--epochs", "3")
+    whole = run(tmp_path, *flags, out="whole")
+    update, updates = train.clip_gradients, []
+
+    def cut(*args):
+        updates.append(1)
+        if len(updates) == 4:  # in the middle of an epoch
+            os.kill(os.getpid(), train.signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(train, "clip_gradients", cut)
+    assert run(tmp_path, *flags, out="cut")["step"] == 4
+    again = run(tmp_path, *flags, out="cut")
+    assert again["step"] == whole["step"] == 9
+    for name, w in whole["model"].items():
+        assert torch.equal(again["model"][name], w), name
+
+
+@pytest.mark.parametrize("precision", ("bf16", "fp16", "fp32"))
+def test_precisions_train(tmp_path, precision):
+    run(tmp_path, "--precision", precision)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert math.isfinite(lines[-1]["loss"])
+
+
+def test_optimizer_groups_and_clipping(tmp_path):
+    model = tiny()
+    optimizer = train.make_optimizer(model, 1e-3, 0.05)
+    decayed, free = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
+    for name, p in model.named_parameters():
+        assert (id(p) in decayed) == (p.ndim > 1 and name != "pos_embed"), name
+        assert (id(p) in free) == (p.ndim == 1), name
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.05, 0.0]
+    model(torch.randn(2, 3, 8, 8)).loss.backward()
+    before = train.clip_gradients(model, optimizer, torch.amp.GradScaler("cpu", enabled=False),
+                                  train.parse_args(["--clip_grad", "0.01"]))
+    after = math.hypot(*(p.grad.norm().item() for p in model.parameters() if p.grad is not None))
+    assert before > 0.01 and after == pytest.approx(0.01, rel=1e-3)
+
+
+def test_recipes():
+    args = train.parse_args(["--arch", "vit_base"])
+    assert (args.img_size, args.patch_size, args.query_depth, args.epochs, args.warmup_epochs) == (224, 16, 12, 800, 30)
+    assert args.total_batch == 2048 and args.blr == 2e-4 and args.clip_grad == 3.0 and args.weight_decay == 0.05
+    assert train.parse_args(["--arch", "vit_large", "--batch_size", "64"]).total_batch == 2048
+    assert train.parse_args(["--arch", "vit_base", "--epochs", "5"]).epochs == 5  # a flag given by hand wins
+
+
+# ---------------------------------------------------------------- what a user can get wrong ----
+
+
+@pytest.mark.parametrize("flags,message", (
+    (["--arch", "vit_giant"], "argument --arch: invalid choice: 'vit_giant'"),
+    (["--order", "spiral"], "argument --order: invalid choice: 'spiral'"),
+    (["--target", "beit"], "argument --target: invalid choice: 'beit'"),
+    (["--img_size", "33"], "--img_size 33 is not a multiple of patch_size 8"),
+    (["--query_depth", "3"], "--query_depth 3 does not divide depth 4"),
+    (["--batch_size", "13"], r"--batch_size: a total batch of 13 is larger than the data set \(12 images\)"),
+    (["--data", "nowhere"], "--data nowhere: no such folder"),
+    (["--resume", "nothing.pt"], "--resume nothing.pt: no such file"),
+))
+def test_bad_flags(tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        run(tmp_path, *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="no images in .*empty"):
+        run(tmp_path, data=tmp_path / "empty")
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    with pytest.raises(SystemExit, match="text.pt is not a checkpoint"):
+        run(tmp_path, "--resume", str(tmp_path / "text.pt"))
+    run(tmp_path)
+    with pytest.raises(SystemExit, match="--arch vit_tiny, but .*last.pt was made with vit_nano"):
+        run(tmp_path, "--arch", "vit_tiny", "--resume", str(tmp_path / "out" / "last.pt"), out="other")
+
+
+def test_an_unreadable_image_is_named_and_left_out(tmp_path, capsys):
+    data = folder(tmp_path)
+    broken = data / "train" / "cat" / "0.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    assert run(tmp_path, data=data)["step"] == 6
+    said = capsys.readouterr().err
+    assert f"left out: {broken}" in said and "1 of 12 files were left out" in said
+
+
+def test_nothing_but_unreadable_images(tmp_path):
+    data = folder(tmp_path)
+    for path in data.glob("train/*/*"):
+        path.write_text("no image")
+    with pytest.raises(SystemExit, match="100 files in a row are not readable as images, the first is .*train"):
+        run(tmp_path, data=data)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    run(tmp_path, "--epochs", "1")
+    with pytest.raises(SystemExit, match="the loss is (nan|inf).* at step [345]; the last good checkpoint is kept"):
+        run(tmp_path, "--blr", "1e30", "--epochs", "4")
+    checkpoint = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert checkpoint["step"] == 3 and all(w.isfinite().all() for w in checkpoint["model"].values())
+
+
+def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    train.save_checkpoint(path, dict(model={}, config={}, step=1))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.torch, "save", full)
+    with pytest.raises(SystemExit, match="last.pt could not be written .*No space left"):
+        train.save_checkpoint(path, dict(model={}, config={}, step=2))
+    assert train.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", __file__, *sys.argv[1:]]))

@@ -1,0 +1,772 @@
+"""Pre-train SemAIM.
+
+    python train.py                                                    the demo: vit_nano on generated shapes, any CPU
+    python train.py --data fashion_mnist --epochs 60                   a real data set on a CPU
+    python train.py --arch vit_base --data DIR                         the paper's recipe, one GPU
+    torchrun --nproc_per_node=8 train.py --arch vit_base --data DIR    the same on 8 GPUs (--nnodes for more)
+    python train.py --arch vit_base --benchmark                        how fast would it be here?
+
+DIR holds train/CLASS/* and val/CLASS/* (or test/), or just images. A run that was cut goes on when the same command is
+given again. Every random draw is a function of the seed and of the step or image that it is for, so that neither the
+number of workers nor the place of the cut changes the result. eval.py uses the data, schedule and checkpoints of this
+file.
+"""
+import argparse
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms as v1
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from semaim import ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, pixel_target, unpatchify
+
+# METHOD: the release's recipe. batch_size is what one process holds at a time; accum_iter makes up total_batch.
+PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30, blr=2e-4)
+RECIPES = {
+    "vit_nano": dict(img_size=32, batch_size=128, total_batch=128, epochs=10, warmup_epochs=1, blr=4e-3),
+    "vit_large": PAPER | dict(batch_size=128),
+    "vit_huge": PAPER | dict(batch_size=64),
+}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+def fail(message: str):
+    """Ends the program with one line: what is wrong, which flag or file, what to do."""
+    raise SystemExit(f"error: {message}")
+
+
+def say(message: str):
+    """Prints from the first process alone, and past the progress bar."""
+    if RANK == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+# ---------------------------------------------------------------- devices and processes ----
+
+
+def setup(args) -> torch.device:
+    """Joins the other processes, if torchrun started any; everything that only CUDA has is set here."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.precision is None:  # bf16 halves the memory; a nano model on a CPU has no need of it
+        if device.type == "cuda":
+            args.precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:
+            args.precision = "fp32" if device.type == "mps" or args.arch == "vit_nano" else "bf16"
+    return device
+
+
+def autocast(device: torch.device, precision: str):
+    """The context in which the model runs."""
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+
+
+def gather(shard: torch.Tensor, total: int) -> torch.Tensor:
+    """Process r holds items r, r + WORLD, ... of `total` as shard (n_r, ...); every process gets all, (total, ...)."""
+    if WORLD == 1:
+        return shard
+    longest = -(-total // WORLD)
+    padded = torch.cat([shard, shard.new_zeros(longest - len(shard), *shard.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(WORLD)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+# ---------------------------------------------------------------- data ----
+
+
+def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
+    """n images (n, 3, size, size) uint8 and labels (n,): one of 10 shapes, at a random place, size, colour and angle,
+    on a muted textured background with clutter."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
+
+    labels = torch.randperm(n, generator=generator) % 10
+    line = torch.linspace(-1, 1, size)
+    y, x = line[:, None], line[None, :]
+
+    # Background: smooth noise and a grating around one grey tone; clutter: three small discs of another grey.
+    smooth = torch.rand(n, 3, 4, 4, generator=generator)
+    smooth = F.interpolate(smooth, size=(size, size), mode="bilinear", align_corners=True)
+    angle = uniform(0, math.pi)
+    grating = torch.sin(uniform(6, 14) * (x * angle.cos() + y * angle.sin()))
+    image = uniform(0.35, 0.55, 1) + 0.12 * (smooth - 0.5) + uniform(0, 0.03, 1) * grating[:, None]
+    for _ in range(3):
+        disc = (x - uniform(-1, 1)) ** 2 + (y - uniform(-1, 1)) ** 2 < uniform(0.05, 0.12) ** 2
+        image = torch.where(disc[:, None], uniform(0.3, 0.6, 1), image)
+
+    # Object: its own coordinates u, v, in which it fills [-1, 1].
+    angle, radius = uniform(0, 2 * math.pi), uniform(0.5, 0.75)
+    dx, dy = (x - uniform(-0.3, 0.3)) / radius, (y - uniform(-0.3, 0.3)) / radius
+    u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
+    rho, phi = (u**2 + v**2).sqrt(), torch.atan2(v, u)
+    square = torch.maximum(u.abs(), v.abs())
+    inside = (
+        rho < 0.95,  # disc
+        (rho < 1) & (rho > 0.65),  # ring
+        (rho < 1) & ((rho * 2.5).floor() % 2 == 0),  # target
+        (square < 0.85) & ((u > 0) == (v > 0)),  # checks
+        rho * torch.cos(phi % (2 * math.pi / 3) - math.pi / 3) < 0.5,  # triangle
+        (torch.minimum(u.abs(), v.abs()) < 0.25) & (square < 0.95),  # cross
+        rho < 0.6 + 0.4 * torch.cos(5 * phi),  # star
+        (square < 0.9) & ((v * 2.5 + 0.5).floor() % 2 == 0),  # bars
+        (rho < 1) & (v > 0),  # half disc
+        (((u * 1.5) % 1 - 0.5) ** 2 + ((v * 1.5) % 1 - 0.5) ** 2 < 0.1) & (square < 1),  # dots
+    )
+    inside = torch.stack(inside, 1)[torch.arange(n), labels][:, None]
+    colour = torch.rand(n, 3, generator=generator)  # stretched until its strongest channel is 1 and its weakest 0
+    low, high = colour.amin(1, keepdim=True), colour.amax(1, keepdim=True)
+    colour = ((colour - low) / (high - low))[..., None, None]
+    image = torch.where(inside, colour * uniform(0.7, 1.0, 1), image)
+    image = image + 0.02 * torch.randn(image.shape, generator=generator)
+    return (image * 255).clamp(0, 255).byte(), labels
+
+
+def decode(path: str) -> Image.Image:
+    """The image in a file as RGB, upright, whatever its mode and whatever its name says."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
+            image = image.point(lambda value: value / 256).convert("L")
+        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):  # on white, as it is meant to be seen
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 (3, H, W) -> uint8 (3, size, size), bicubic with antialiasing."""
+    return v2.functional.resize(image, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def random_view(image, size: int) -> torch.Tensor:
+    """Pre-training augmentation, RandomResizedCrop(0.2-1) and flip: Pillow image or uint8 (3, H, W) -> uint8
+    (3, size, size). The crop is taken before a tensor is made, which halves the work after decoding."""
+    top, left, height, width = v1.RandomResizedCrop.get_params(image, (0.2, 1), (3 / 4, 4 / 3))
+    if isinstance(image, Image.Image):
+        image = v2.functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
+    else:
+        image = image[:, top:top + height, left:left + width]
+    image = to_square(image, size)
+    return image.flip(-1) if torch.rand(1) < 0.5 else image
+
+
+def eval_view(image, size: int) -> torch.Tensor:
+    """Evaluation: Pillow image -> short side to 256/224 of the size, centre cut out; uint8 (3, H, W), an image of a
+    data set of small, framed ones -> resized whole. Either way uint8 (3, size, size)."""
+    if torch.is_tensor(image):
+        return to_square(image, size)
+    image = v2.functional.pil_to_tensor(image)
+    image = v2.functional.resize(image, [size * 256 // 224], v2.InterpolationMode.BICUBIC, antialias=True)
+    return v2.functional.center_crop(image, [size, size])
+
+
+class UnreadableError(Exception):
+    """So many files are unreadable that something else must be wrong."""
+
+
+class Images(Dataset):
+    """Images, as uint8 (n, 3, H, W) or a list of n paths, with labels (n,) or None. A key is (epoch, index); an item
+    is (view uint8 (3, size, size), label or -1, index of an unreadable file or -1).
+
+    The view's draws are a function of (seed, epoch, index) alone. The next readable file stands in for an unreadable
+    one, so that batches stay whole."""
+
+    def __init__(self, images, labels, classes, view=None, size=None, seed=0):
+        self.images, self.labels, self.classes = images, labels, classes
+        self.view, self.size, self.seed = view, size, seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def seen(self, view, size: int, seed: int = 0) -> "Images":
+        """The same images through random_view or eval_view."""
+        return Images(self.images, self.labels, self.classes, view, size, seed)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        torch.default_generator.manual_seed(hash((self.seed, epoch, index)))  # of the CPU alone: ten times faster
+        bad = -1
+        for other in range(index, index + 100):
+            other %= len(self)
+            try:
+                image = self.images[other]
+                image = decode(image) if isinstance(image, str) else image
+                break
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # all that Pillow raises
+                bad = index
+        else:
+            raise UnreadableError(f"100 files in a row are not readable as images, the first is {self.images[index]}")
+        return self.view(image, self.size), -1 if self.labels is None else int(self.labels[other]), bad
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+def list_images(root: Path) -> list[str]:
+    """All image files below root, sorted."""
+    files = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    return sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
+
+
+def load_data(data: str, split: str, data_root: str = "data"):
+    """--data, "train" or "val" -> Images, or None if there is no val."""
+    if data == "shapes":
+        seeds = range(20) if split == "train" else range(20, 24)
+        images, labels = (torch.cat(part) for part in zip(*(draw_shapes(500, seed) for seed in seeds)))
+        return Images(images, labels, [str(i) for i in range(10)])
+    if data in ("cifar10", "fashion_mnist"):
+        kind = torchvision.datasets.CIFAR10 if data == "cifar10" else torchvision.datasets.FashionMNIST
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                if RANK == 0:
+                    kind(data_root, train=split == "train", download=True)
+                if WORLD > 1:
+                    dist.barrier()
+                source = kind(data_root, train=split == "train")
+        except (OSError, RuntimeError) as e:
+            fail(f"--data {data}: not under --data_root {data_root} and the download failed ({e})")
+        images = torch.as_tensor(source.data)
+        images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        return Images(images, torch.as_tensor(source.targets), source.classes)
+    root = Path(data)
+    if not root.is_dir():
+        fail(f"--data {data}: no such folder (nor one of shapes, cifar10, fashion_mnist)")
+    folder = root / split
+    if split == "val" and not folder.is_dir():
+        folder = root / "test"
+    if not folder.is_dir():
+        if split == "val":
+            return None
+        folder = root  # no train/: any folder of images
+    paths = list_images(folder)
+    if not paths:
+        fail(f"--data {data}: no images in {folder}")
+    classes = sorted({path[len(str(folder)) + 1:].split(os.sep)[0] for path in paths})
+    if folder == root or not all((folder / name).is_dir() for name in classes):
+        return Images(paths, None, None)  # no class folders
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number[path[len(str(folder)) + 1:].split(os.sep)[0]] for path in paths])
+    return Images(paths, labels, classes)
+
+
+class Batches(Sampler):
+    """The keys of this process's micro-batches from step `start` to `stop`, over all epochs without a seam.
+
+    Step s of an epoch takes the s-th slice of `total_batch` images of that epoch's shuffle, whoever computes it:
+    process r takes every WORLD-th image of it, accum_iter micro-batches one after another."""
+
+    def __init__(self, n: int, total_batch: int, accum_iter: int, seed: int, start: int, stop: int):
+        self.n, self.total_batch, self.accum_iter, self.seed = n, total_batch, accum_iter, seed
+        self.start, self.stop = start, stop
+
+    def __len__(self):
+        return (self.stop - self.start) * self.accum_iter
+
+    def __iter__(self):
+        shuffled = None
+        for step in range(self.start, self.stop):
+            epoch, place = divmod(step, self.n // self.total_batch)
+            if place == 0 or shuffled is None:
+                shuffled = torch.randperm(self.n, generator=torch.Generator().manual_seed(hash((self.seed, epoch))))
+            batch = shuffled[place * self.total_batch:(place + 1) * self.total_batch][RANK::WORLD].tolist()
+            size = len(batch) // self.accum_iter
+            for i in range(0, len(batch), size):
+                yield [(epoch, index) for index in batch[i:i + size]]
+
+
+def make_loader(images: Images, workers: int, device: torch.device, **sampling) -> DataLoader:
+    """DataLoader over keys; sampling: batch_sampler=, or sampler= and batch_size=."""
+    return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", **sampling)
+
+
+def normalise(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 (N, 3, H, W) anywhere -> float, normalised, on the device."""
+    images = images.to(device, non_blocking=True)
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+# ---------------------------------------------------------------- optimiser and schedule ----
+
+
+def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, min_lr: float = 0.0) -> float:
+    """Fractional epoch -> learning rate: linear warm-up from 0, then half a cosine down to min_lr."""
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
+def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW in two groups: no weight decay for biases and other 1-D parameters."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
+    fused = parameters[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
+
+
+# ---------------------------------------------------------------- checkpoints ----
+
+
+def save_checkpoint(path: Path, checkpoint: dict):
+    """Writes beside, flushes, renames: a cut at any moment leaves the old file or the new one, whole."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as e:
+        beside.unlink(missing_ok=True)
+        fail(f"{path} could not be written ({str(e).splitlines()[0]}); the checkpoint before it is kept")
+
+
+def load_checkpoint(path) -> dict:
+    """A checkpoint of this file: model, config, optimizer, scaler, epoch, step, ..."""
+    if not Path(path).is_file():
+        fail(f"--resume {path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if {"model", "config", "step"} <= set(checkpoint):
+            return checkpoint
+    except Exception:  # torch.load raises many kinds for a file that is not one of its own
+        pass
+    fail(f"{path} is not a checkpoint of train.py")
+
+
+def check_resume(path, args, config: dict):
+    """A run goes on only as the run it was."""
+    same = ("arch", "img_size", "patch_size", "query_depth", "target", "head", "data", "seed", "total_batch")
+    for flag in same:
+        if config[flag] != getattr(args, flag):
+            fail(f"--{flag} {getattr(args, flag)}, but {path} was made with {config[flag]}; "
+                 "give the same, or another --output_dir")
+
+
+# ---------------------------------------------------------------- k-NN ----
+
+
+@torch.no_grad()
+def extract(model, images: Images, indices: torch.Tensor, args, device) -> dict[str, torch.Tensor]:
+    """Features of images[indices] in evaluation view: cls (n, D), mean (n, D) over the patches, labels (n,)."""
+    model.eval()
+    mine = [(0, i) for i in indices[RANK::WORLD].tolist()]
+    loader = make_loader(images.seen(eval_view, model.img_size), args.workers, device, sampler=mine, batch_size=args.batch_size)
+    parts = dict(cls=[], mean=[], labels=[])
+    for batch, labels, _ in tqdm(loader, desc="features", leave=False, disable=RANK > 0):
+        with autocast(device, args.precision):
+            tokens = model.tokens(normalise(batch, device)).float()
+        parts["cls"].append(tokens[:, 0])
+        parts["mean"].append(tokens[:, 1:].mean(1))
+        parts["labels"].append(labels.to(device))
+    model.train()
+    return {name: gather(torch.cat(values), len(indices)) for name, values in parts.items()}
+
+
+def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 1024):
+    """Queries (n, D), bank (m, D), labels (m,) -> votes (n, classes): each of the k most similar by cosine votes
+    exp(similarity / temperature). chunk: queries compared at once."""
+    bank = F.normalize(bank, dim=1)
+    votes = []
+    for query in F.normalize(queries, dim=1).split(chunk):
+        similarity, index = (query @ bank.T).topk(k, dim=1)
+        votes.append(similarity.new_zeros(len(query), classes).scatter_add_(
+            1, labels[index], (similarity / temperature).exp()))
+    return torch.cat(votes)
+
+
+def knn_accuracy(model, train: Images, val: Images, args, device) -> dict[str, float]:
+    """k-NN top-1 in % of at most --knn_images evenly chosen images of val against as many of train, for CLS and for
+    the mean of the patches."""
+    bank, queries = (extract(model, data, torch.linspace(0, len(data) - 1, min(len(data), args.knn_images)).long(),
+                             args, device) for data in (train, val))
+    k = min(20, len(bank["labels"]))
+    return {name: 100 * (knn_votes(queries[name], bank[name], bank["labels"], len(train.classes), k).argmax(1)
+                         == queries["labels"]).float().mean().item() for name in ("cls", "mean")}
+
+
+# ---------------------------------------------------------------- samples.png ----
+
+
+def heat(x: torch.Tensor) -> torch.Tensor:
+    """(N, h, w), each image stretched to [0, 1] -> colours (N, 3, h, w), from dark violet over red to light yellow."""
+    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
+    x = (x - low) / (high - low).clamp(min=1e-9) * 4
+    anchors = torch.tensor([[0.03, 0.0, 0.12], [0.34, 0.06, 0.43], [0.73, 0.21, 0.33], [0.98, 0.55, 0.04],
+                            [0.99, 1.0, 0.64]])
+    left = x.long().clamp(0, 3)
+    return rearrange(torch.lerp(anchors[left], anchors[left + 1], (x - left)[..., None]), "n h w c -> n c h w")
+
+
+@torch.no_grad()
+def save_samples(path: Path, model: SemAIM, images: torch.Tensor, cell: int = 112):
+    """Draws what the model sees: images (N, 3, H, W), normalised -> a picture with a labelled row for each of image,
+    similarity, order and (pixel target) target and prediction."""
+    model.eval()
+    grid = images.shape[-1] // model.patch_size
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    features = None if model.target == "pixel" else images.new_zeros(1, 1, 1)
+    out = model(images, target=features)
+    similarity = model.similarity(images) if out.similarity is None else out.similarity
+    early = -out.order.argsort(1).float()
+    rows = {"image": images.cpu() * std + mean,
+            "similarity\n(bright: high)": heat(rearrange(similarity.float().cpu(), "n (h w) -> n h w", h=grid)),
+            "order\n(bright: early)": heat(rearrange(early.cpu(), "n (h w) -> n h w", h=grid))}
+    if model.target == "pixel":
+        plain = pixel_target(images, model.patch_size, model.blur, norm_pix=False)
+        prediction = out.prediction.float()
+        if model.norm_pix:  # the model predicts the patch without its mean and contrast: lend it the true ones
+            prediction = prediction * plain.std(-1, keepdim=True) + plain.mean(-1, keepdim=True)
+        rows["target\n(blurred)"] = unpatchify(plain.cpu(), model.patch_size) * std + mean
+        rows["prediction"] = unpatchify(prediction.cpu(), model.patch_size) * std + mean
+    model.train()
+    label, gap, step = 130, 6, cell + 6
+    canvas = Image.new("RGB", (label + step * len(images), gap + step * len(rows)), "white")
+    for r, (name, row) in enumerate(rows.items()):
+        ImageDraw.Draw(canvas).text((10, gap + r * step + cell // 2), name, "black", ImageFont.load_default(15), "lm")
+        for c, picture in enumerate(row.clamp(0, 1)):
+            tile = v2.functional.to_pil_image(picture).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(tile, (label + c * step, gap + r * step))
+    canvas.save(path)
+
+
+# ---------------------------------------------------------------- training ----
+
+
+def make_model(args, device) -> SemAIM:
+    """The model that the command line asks for."""
+    sizes = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
+    names = ("img_size", "patch_size", "query_depth", "target", "order", "anchor", "loss", "head")
+    try:
+        model = SemAIM(**sizes, **{name: getattr(args, name) for name in names}).to(device)
+    except ValueError as e:
+        fail(f"--{e}")  # semaim's messages begin with the name of the argument
+    if args.compile:
+        model.compile(fullgraph=True)
+    return model
+
+
+def backward(model, images: torch.Tensor, scaler, args) -> torch.Tensor:
+    """Forward and backward of one micro-batch; returns its loss. Gradients add up over accum_iter calls."""
+    with autocast(images.device, args.precision):
+        loss = model(images).loss
+    scaler.scale(loss / args.accum_iter).backward()
+    return loss.detach()
+
+
+def clip_gradients(model, optimizer, scaler, args) -> torch.Tensor:
+    """Undoes the loss scale, clips; returns the gradient norm before clipping."""
+    scaler.unscale_(optimizer)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+
+
+def train(args):
+    """One run, from the command line's arguments to the last checkpoint."""
+    device = setup(args)
+    if args.benchmark:
+        return benchmark(args, device)
+    torch.manual_seed(args.seed)
+    model = make_model(args, device)
+    lr = args.blr * args.total_batch / 256
+    optimizer = make_optimizer(model, lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    data, val = load_data(args.data, "train", args.data_root), load_data(args.data, "val", args.data_root)
+    if len(data) < args.total_batch:
+        fail(f"--batch_size: a total batch of {args.total_batch} is larger than the data set ({len(data)} images)")
+    steps_per_epoch = len(data) // args.total_batch
+    stop = steps_per_epoch * args.epochs
+    out = Path(args.output_dir)
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+    last = out / "last.pt"
+    state = dict(step=0, seconds=0.0, unreadable=[], knn_before=None)
+    resume = args.resume or (last if last.exists() else None)
+    if resume:
+        checkpoint = load_checkpoint(resume)
+        check_resume(resume, args, checkpoint["config"])
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        state = {name: checkpoint[name] for name in state}
+        say(f"{resume}: going on from step {state['step']} of {stop}")
+
+    def save():
+        if RANK == 0:
+            save_checkpoint(last, dict(model=model.state_dict(), config=vars(args), optimizer=optimizer.state_dict(),
+                                       scaler=scaler.state_dict(), epoch=state["step"] / steps_per_epoch, **state))
+
+    def log(**line):
+        if RANK == 0:
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def evaluate(when: str):
+        if not args.knn_images or val is None or data.labels is None or val.labels is None:
+            return None
+        top1 = knn_accuracy(model, data, val, args, device)
+        say(f"k-NN top-1 {when} training: {top1['cls']:.1f} % on CLS, {top1['mean']:.1f} % on the mean of the patches")
+        log(step=state["step"], epoch=state["step"] / steps_per_epoch, knn_cls=top1["cls"], knn_mean=top1["mean"])
+        return top1
+
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.data}: {len(data):,} images, {stop:,} steps of "
+        f"{args.total_batch} on {WORLD} x {device.type} in {args.precision}, results in {out}")
+    if state["step"] == 0:
+        state["knn_before"] = evaluate("before")
+
+    stopping = []
+    def on_signal(number, _):
+        stopping.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one ends the program at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    views = data.seen(random_view, args.img_size, args.seed)
+    batches = iter(make_loader(views, args.workers, device, batch_sampler=Batches(
+        len(data), args.total_batch, args.accum_iter, args.seed, state["step"], stop)))
+    bar = tqdm(total=stop, initial=state["step"], unit="step", disable=RANK > 0, smoothing=0.05)
+    saved = logged = time.monotonic()
+    logged_step = state["step"]
+    while state["step"] < stop:
+        step = state["step"]
+        lr_now = learning_rate(step / steps_per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_now
+
+        loss = 0.0
+        for micro in range(args.accum_iter):
+            try:
+                images, _, bad = next(batches)
+            except UnreadableError as e:
+                fail(f"--data {args.data}: {str(e).splitlines()[-1].split('Error: ')[-1]}")  # a worker adds its trace
+            state["unreadable"] = sorted({*state["unreadable"], *bad[bad >= 0].tolist()})
+            torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties and stochastic orders
+            sync = micro == args.accum_iter - 1 or WORLD == 1
+            with contextlib.nullcontext() if sync else wrapped.no_sync():
+                loss += backward(wrapped, normalise(images, device), scaler, args) / args.accum_iter
+        grad_norm = clip_gradients(model, optimizer, scaler, args)
+
+        # One look at the device a step: is all well, and does anybody want to stop?
+        seen = torch.stack([loss, grad_norm, loss.new_tensor(float(bool(stopping)))])
+        if WORLD > 1:
+            dist.all_reduce(seen)
+            seen /= WORLD
+        loss, grad_norm, stop_now = seen.tolist()
+        if not math.isfinite(loss) or (not scaler.is_enabled() and not math.isfinite(grad_norm)):
+            fail(f"the loss is {loss} (gradient norm {grad_norm}) at step {step}; the last good checkpoint is kept in "
+                 f"{out}. Try a lower --blr, or --precision fp32")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        state["step"] += 1
+        bar.update()
+
+        now = time.monotonic()
+        if state["step"] % 10 == 0 or state["step"] == stop:
+            speed = (state["step"] - logged_step) * args.total_batch / (now - logged)
+            state["seconds"] += now - logged
+            logged, logged_step = now, state["step"]
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_now:.1e}", img_s=f"{speed:.0f}")
+            log(step=state["step"], epoch=state["step"] / steps_per_epoch, loss=loss, lr=lr_now, grad_norm=grad_norm,
+                images_per_s=speed)
+        if stop_now or state["step"] == stop or now - saved > 60 * args.save_every_minutes:
+            save()
+            saved = time.monotonic()
+        if stop_now:
+            bar.close()
+            say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on from there")
+            return
+    bar.close()
+
+    top1 = evaluate("after")
+    if RANK == 0:
+        shown = val or data
+        few = torch.linspace(0, len(shown) - 1, min(8, len(shown))).long().tolist()
+        shown = shown.seen(eval_view, args.img_size)
+        save_samples(out / "samples.png", model, normalise(torch.stack([shown[0, i][0] for i in few]), device))
+    for index in state["unreadable"][:20]:
+        say(f"not readable as an image, left out: {data.images[index]}")
+    if state["unreadable"]:
+        say(f"{len(state['unreadable'])} of {len(data)} files were left out")
+    gain = ""
+    if top1 and state["knn_before"]:
+        gain = ", k-NN top-1 " + ", ".join(f"{name} {state['knn_before'][name]:.1f} -> {top1[name]:.1f} %"
+                                           for name in top1)
+    say(f"done: {stop} steps in {state['seconds'] / 60:.1f} min{gain}; see {out / 'samples.png'} and log.jsonl")
+
+
+# ---------------------------------------------------------------- benchmark ----
+
+
+def matmul_peak(device, dtype) -> float:
+    """FLOP/s of the best of six matrix products, 2048 and 4096 wide: what this machine can do at most."""
+    best = 0.0
+    for n in (2048, 4096):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(4):  # the first one warms up; it can only be slower
+            seconds = timed(lambda: a @ b, device)
+            best = max(best, 2 * n**3 / seconds)
+    return best
+
+
+def timed(function, device) -> float:
+    """Seconds that a call takes, device work included."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(device) -> int:
+    """Bytes: the most that this process has had at once."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def benchmark(args, device):
+    """Times whole steps and the loader, and says which of the two would hold up training."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, for it imports much that training has no use for
+
+    # Steps: order, forward, backward, clipping, optimiser.
+    imports = peak_memory(device)
+    model = make_model(args, device)
+    optimizer = make_optimizer(model, 1e-4, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8)
+    args.accum_iter = 1
+
+    def step():
+        backward(model, normalise(images, device), scaler, args)
+        clip_gradients(model, optimizer, scaler, args)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    timed(step, device)  # warms up, and makes the optimiser's state
+    seconds = sorted(timed(step, device) for _ in range(3 if device.type == "cpu" else 20))
+    state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())  # + gradient, two moments
+    activations = (peak_memory(device) - imports - state) / args.batch_size / 1e9
+    with FlopCounterMode(display=False) as counter:
+        backward(model, normalise(images[:1], device), scaler, args)
+    flops = counter.get_total_flops() * args.batch_size
+    peak = matmul_peak(device, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[args.precision])
+    median = seconds[len(seconds) // 2]
+    print(f"{args.arch}, {args.img_size} px, batch {args.batch_size}, {args.precision}, {device.type}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"step           {median:.3f} s (of {len(seconds)}: {seconds[0]:.3f} to {seconds[-1]:.3f}), "
+          f"{args.batch_size / median:.1f} images/s")
+    print(f"arithmetic     {flops / median / 1e12:.3f} TFLOP/s, {100 * flops / median / peak:.0f} % of this machine's "
+          f"matrix product ({peak / 1e12:.3f} TFLOP/s); {flops / args.batch_size / 1e9:.0f} GFLOP an image")
+    print(f"activations    {activations:.3f} GB an image (peak less imports, weights, gradients, optimiser)")
+
+    # Loader: one worker's work, done here, on JPEGs of ImageNet's usual size.
+    with tempfile.TemporaryDirectory() as folder:
+        for i, image in enumerate(F.interpolate(draw_shapes(64, 0)[0].float(), size=(375, 500), mode="bicubic")):
+            image = (image + 12 * torch.randn(image.shape)).clamp(0, 255).byte()
+            v2.functional.to_pil_image(image).save(f"{folder}/{i}.jpg", quality=90)
+        views = Images(list_images(Path(folder)), None, None, random_view, args.img_size)
+        plain = v1.Compose([v1.RandomResizedCrop(args.img_size, (0.2, 1), interpolation=v1.InterpolationMode.BICUBIC),
+                            v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD)])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as a worker has
+        ours, theirs = [], []
+        for _ in range(5):
+            ours.append(timed(lambda: [views[0, i] for i in range(64)], torch.device("cpu")))
+            theirs.append(timed(lambda: [plain(Image.open(path).convert("RGB")) for path in views.images],
+                                torch.device("cpu")))
+        torch.set_num_threads(threads)
+    rate = 64 / min(ours)
+    print(f"loader         {rate:.0f} images/s a worker on 500 x 375 JPEGs, {min(theirs) / min(ours):.2f} times "
+          "RandomResizedCrop, flip, ToTensor and Normalize on Pillow images")
+    need = args.batch_size / median / rate
+    print(f"bottleneck     the {'model' if need <= args.workers else 'loader'}: it takes {need:.1f} workers to feed "
+          f"this model, and --workers is {args.workers}")
+
+
+def parse_args(argv=None):
+    """Command line -> arguments, the recipe of --arch filled in where nothing was given by hand."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            fail(message)
+
+    parser = Parser(description="Pre-train SemAIM.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults printed as None")
+    add("--data", default="shapes", help="shapes, cifar10, fashion_mnist, or a folder of images")
+    add("--data_root", default="data", help="where cifar10 and fashion_mnist lie or are downloaded to")
+    add("--output_dir", help="default: output/ARCH-DATA-TARGET")
+    add("--resume", help="checkpoint to go on from (default: OUTPUT_DIR/last.pt, if there)")
+    add("--target", default="pixel", choices=TARGETS)
+    add("--order", default="semantic", choices=ORDERS)
+    add("--anchor", default="cls", choices=ANCHORS)
+    add("--loss", default="l2", choices=("l2", "l1"))
+    add("--head", default="mlp", choices=("mlp", "linear"))
+    for name in ("img_size", "patch_size", "query_depth"):
+        add(f"--{name}", type=int)
+    add("--batch_size", type=int, help="of one process at a time")
+    add("--accum_iter", type=int, help="micro-batches a step; default: what makes up the recipe's total batch")
+    add("--epochs", type=int)
+    add("--warmup_epochs", type=float)
+    add("--blr", type=float, help="base learning rate; lr = blr * total batch / 256")
+    add("--min_lr", type=float, default=0.0)
+    add("--weight_decay", type=float, default=0.05)
+    add("--clip_grad", type=float, default=3.0, help="0: do not clip")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16, but fp32 for vit_nano on a CPU")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--workers", type=int, help="loader processes; default: as many as cores, at most 16 for each process")
+    add("--seed", type=int, default=0)
+    add("--save_every_minutes", type=float, default=10)
+    add("--knn_images", type=int, default=60_000, help="at most so many of train and of val; 0: no k-NN")
+    add("--benchmark", action="store_true", help="time steps and loader, then stop")
+    args = parser.parse_args(argv)
+    recipe = ARCHS[args.arch] | RECIPES.get(args.arch, PAPER)
+    for name in ("img_size", "patch_size", "query_depth", "batch_size", "epochs", "warmup_epochs", "blr"):
+        if getattr(args, name) is None:
+            setattr(args, name, recipe[name])
+    if args.accum_iter is None:
+        args.accum_iter = max(1, recipe["total_batch"] // (args.batch_size * WORLD))
+    args.total_batch = args.batch_size * args.accum_iter * WORLD
+    if args.workers is None:
+        args.workers = 0 if args.data in ("shapes", "cifar10", "fashion_mnist") and not torch.cuda.is_available() else (
+            min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    args.output_dir = args.output_dir or f"output/{args.arch}-{Path(args.data).name}-{args.target}"
+    return args
+
+
+if __name__ == "__main__":
+    train(parse_args())
+    if WORLD > 1:
+        dist.destroy_process_group()
