@@ -12,7 +12,11 @@ a teacher's feature of it, from the patches that come before it.
 This one file needs torch and einops only. The sections stand in the order in which the data flows.
 Shapes: N images, L = grid * grid patches, D width, C channels; token 0 is [CLS].
 """
+import argparse
 import math
+import re
+import warnings
+import zipfile
 from typing import NamedTuple, Optional
 
 import torch
@@ -112,9 +116,10 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, out)
+        self.act = F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -171,7 +176,7 @@ class ViT(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> patch tokens with their positions (N, L, D); no CLS yet."""
         if images.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, but the model's img_size is {self.img_size}")
+            raise ValueError(f"images have {tuple(images.shape[-2:])} pixels, the model's img_size is {self.img_size}")
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def with_cls(self, patches: Tensor) -> Tensor:
@@ -262,7 +267,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return torch.take_along_dim(x, index[..., None], dim=1)
 
 
-# ---------------------------------------------------------------- the second stream (paper: Autoregressive modeling) ----
+# ---------------------------------------------------------------- second stream (paper: Autoregressive modeling) ----
 
 
 class CrossAttention(nn.Module):
@@ -416,3 +421,179 @@ class SemAIM(ViT):
         loss_map = pixel_loss(prediction, target, self.loss) if self.target == "pixel" else feature_loss(
             prediction, target)
         return Output(loss_map.mean(), loss_map, order, similarity, prediction)
+
+
+# ---------------------------------------------------------------- teachers (paper: Prediction target) ----
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class CLIPTower(ViT):
+    """CLIP's image tower (Radford et al. 2021), a ViT but for: no bias in the patch embedding, a norm before the blocks,
+    QuickGELU, LayerNorm eps 1e-5, and a projection of every token. tokens: (N, 3, H, W) -> (N, 1+L, out)."""
+
+    def __init__(self, img_size, patch_size, dim, depth, heads, out):
+        super().__init__(img_size, patch_size, dim, depth, heads)
+        self.patch_embed.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.norm_pre = nn.LayerNorm(dim)
+        self.proj = nn.Linear(dim, out, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-5
+            if isinstance(module, Mlp):
+                module.act = quick_gelu
+
+    def with_cls(self, patches: Tensor) -> Tensor:
+        return self.norm_pre(super().with_cls(patches))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.proj(super().tokens(images))
+
+
+class Teacher(nn.Module):
+    """A frozen ViT: images (N, 3, H, W), normalised as ImageNet's, of any size -> tokens (N, 1+L, C)."""
+
+    def __init__(self, vit: ViT, clip: bool = False):
+        super().__init__()
+        self.vit = vit.eval().requires_grad_(False)
+        # CLIP was trained on images normalised in its own way: x -> (x * std + mean - clip_mean) / clip_std.
+        mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+        own_mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)) if clip else mean
+        own_std = torch.tensor((0.26862954, 0.26130258, 0.27577711)) if clip else std
+        self.register_buffer("scale", (std / own_std).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", ((mean - own_mean) / own_std).view(3, 1, 1), persistent=False)
+
+        self.grid = vit.img_size // vit.patch_size
+        self.width = vit.proj.out_features if clip else vit.cls_token.shape[-1]  # C
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # whatever the student does
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        size = (self.vit.img_size, self.vit.img_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        return self.vit.tokens(images * self.scale + self.shift)
+
+
+def ema_teacher(model: ViT) -> Teacher:
+    """A teacher that starts as the model's encoder and follows it: ema_update."""
+    weights = encoder_weights(model.state_dict())
+    vit = _make_vit(weights, clip=False, heads=model.blocks[0].attn.heads)
+    vit.load_state_dict(weights)
+    return Teacher(vit).to(model.pos_embed.device)
+
+
+@torch.no_grad()
+def ema_update(teacher: Teacher, model: ViT, decay: float):
+    """Every weight of the teacher <- decay * its own + (1 - decay) * the model's."""
+    weights = dict(model.named_parameters())
+    for name, weight in teacher.vit.named_parameters():
+        weight.lerp_(weights[name], 1 - decay)
+
+
+# ---------------------------------------------------------------- weights in and out ----
+
+ENCODER = re.compile(r"(cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm(_pre)?\.(weight|bias)|proj\.weight|"
+                     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias))")
+OTHERS = re.compile(r"(query_blocks|prediction_head)\.|(fc_norm|head)\.(weight|bias)$")
+CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
+    (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^conv1\.", "patch_embed.proj."),
+    (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"),
+    (r"^transformer\.resblocks\.", "blocks."), (r"\.ln_([12])\.", r".norm\1."), (r"\.in_proj_", ".qkv."),
+    (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
+
+
+def _read(path) -> dict:
+    """What a file holds, without running anything that it asks for."""
+    try:
+        if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit is deprecated, OpenAI's files are what they are
+                return torch.jit.load(str(path), map_location="cpu").state_dict()
+        with torch.serialization.safe_globals([argparse.Namespace]):  # how DINO and MAE keep their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as e:
+        if str(path).endswith(".safetensors"):
+            raise ValueError(f"{path}: safetensors need a package of their own; save the dict with torch.save") from None
+        if "GLOBAL " in str(e):
+            raise ValueError(f"{path} asks to run code when it is loaded: refused") from None
+        raise ValueError(f"{path} is not a file of PyTorch weights, or it is cut short") from None
+
+
+def load_weights(path, key: Optional[str] = None) -> dict[str, Tensor]:
+    """Any file of ViT weights that people have -> fp32 state dict with the names of this file, and a line on what was
+    taken. Known: this project's and the authors' checkpoints, MAE, DINO, timm, OpenAI's CLIP (TorchScript archive or
+    plain dict). key: which part of a file with several, as "student" or "teacher" of DINO's full checkpoint.
+    Raises ValueError, one line, for a file that is none of these; runs no code that a file brings."""
+    weights = _read(path)
+    parts = [key] if key else ["teacher", "student", "model", "state_dict"]
+    part = next((k for k in parts if isinstance(weights, dict) and isinstance(weights.get(k), dict)), None)
+    if key and not part:
+        raise ValueError(f"{path} has no part {key!r}")
+    weights = weights[part] if part else weights
+    weights = {k: w for k, w in weights.items() if torch.is_tensor(w)} if isinstance(weights, dict) else {}
+    if any(name.startswith("visual.") for name in weights):  # CLIP with its text tower
+        weights = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
+    weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", name): w for name, w in weights.items()}
+    kind = "ViT"
+    if "class_embedding" in weights:
+        kind = "CLIP"
+        for old, new in CLIP_NAMES:
+            weights = {re.sub(old, new, name): w for name, w in weights.items()}
+        weights["cls_token"], weights["pos_embed"] = weights["cls_token"][None, None], weights["pos_embed"][None]
+        weights["proj.weight"] = weights["proj.weight"].T
+    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= set(weights):
+        raise ValueError(f"{path} holds no ViT: its first weights are {', '.join(list(weights)[:3]) or 'none'}")
+    taken = {n: w.float() for n, w in weights.items() if ENCODER.fullmatch(n) or (kind == "ViT" and OTHERS.match(n))}
+    dropped = sorted(set(weights) - set(taken))
+    strange = [name for name in dropped if name.startswith("blocks.")]
+    if strange:  # to leave out a part of a block would compute something else
+        raise ValueError(f"{path} is another kind of ViT: its blocks have {strange[0]}")
+    for name, w in taken.items():
+        if not w.isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite")
+    expected = _make_vit(taken, kind == "CLIP").state_dict()
+    missing = [name for name in expected if name not in taken and not name.startswith("norm.")]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} weights: {', '.join(missing[:3])}")
+    print(f"{path}: {kind}{f' ({part})' if part else ''}, {len(taken)} tensors taken, {len(dropped)} left out"
+          + (f" ({', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''})" if dropped else "")
+          + ("" if "norm.weight" in taken else ", no final norm"))
+    return taken
+
+
+def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a SemAIM or ViT -> that of its encoder alone, in timm's names for VisionTransformer."""
+    return {name: w for name, w in weights.items() if ENCODER.fullmatch(name)}
+
+
+def _make_vit(weights: dict[str, Tensor], clip: bool, heads: Optional[int] = None) -> ViT:
+    """An untrained ViT of the size of the weights. They do not tell its heads: those of ARCHS, else 64 wide."""
+    dim, patch_size = weights["patch_embed.proj.weight"].shape[::3]
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
+    heads = heads or next((arch["heads"] for arch in ARCHS.values() if arch["dim"] == dim), dim // 64)
+    if clip:
+        return CLIPTower(img_size, patch_size, dim, depth, heads, weights["proj.weight"].shape[0])
+    return ViT(img_size, patch_size, dim, depth, heads)
+
+
+def load_teacher(kind: str, path) -> Teacher:
+    """kind "dino" (any ViT whose final-norm patch tokens are worth predicting) or "clip", a file that load_weights
+    knows -> frozen Teacher, images (N, 3, H, W) -> (N, 1+L, C). Raises ValueError, one line."""
+    _check("teacher", kind, ("dino", "clip"))
+    weights = encoder_weights(load_weights(path))
+    if (kind == "clip") != ("proj.weight" in weights):
+        raise ValueError(f"{path} is {'no' if kind == 'clip' else 'a'} CLIP tower, but the target is {kind!r}")
+    if "norm.weight" not in weights:
+        raise ValueError(f"{path} lacks norm.weight, the final norm of a teacher")
+    vit = _make_vit(weights, kind == "clip")
+    vit.load_state_dict(weights)
+    return Teacher(vit, kind == "clip")

@@ -20,6 +20,7 @@ from semaim import (ORDERS, SemAIM, ViT, autoregressive_masks, feature_loss, pat
                     pixel_target, sincos_pos_embed, similarity_map, unpatchify)
 
 GRIDS = (4, 7, 14, 24)
+torch.set_num_threads(1)  # everything here is small
 
 # ---------------------------------------------------------------- the authors' numbers ----
 
@@ -225,7 +226,8 @@ def test_model_orders_by_its_own_unmasked_similarity(anchor):
     images = torch.randn(3, 3, 8, 8)
     out = model(images)
     with torch.no_grad():
-        expected = model.attention_map(images) if anchor == "attention" else similarity_map(model.tokens(images), anchor)
+        expected = (model.attention_map(images) if anchor == "attention"
+                    else similarity_map(model.tokens(images), anchor))
     torch.testing.assert_close(out.similarity, expected)
     assert torch.equal(out.order[:, 0], expected.argmax(1)) and not out.similarity.requires_grad
 
@@ -317,6 +319,200 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images).loss, plain)
     torch.compile(tiny(), fullgraph=True, backend="aot_eager")(images).loss.backward()  # the random ties too
+
+
+# ---------------------------------------------------------------- teachers and weight files ----
+
+
+def small_vit(seed=0, **options):
+    torch.manual_seed(seed)
+    vit = ViT(**dict(img_size=32, patch_size=8, dim=128, depth=2, heads=4) | options)  # 128 wide: 4 heads, as vit_nano
+    return vit.eval()
+
+
+def clip_weights(dtype=torch.float32, dim=128, depth=2, patch=8, tokens=17, out=24):
+    """Random weights under OpenAI's names, without `visual.`."""
+    torch.manual_seed(0)
+    shapes = {"conv1.weight": (dim, 3, patch, patch), "class_embedding": (dim,), "positional_embedding": (tokens, dim),
+              "ln_pre.weight": (dim,), "ln_pre.bias": (dim,), "ln_post.weight": (dim,), "ln_post.bias": (dim,),
+              "proj": (dim, out)}
+    for i in range(depth):
+        block = {"ln_1.weight": (dim,), "ln_1.bias": (dim,), "attn.in_proj_weight": (3 * dim, dim),
+                 "attn.in_proj_bias": (3 * dim,), "attn.out_proj.weight": (dim, dim), "attn.out_proj.bias": (dim,),
+                 "ln_2.weight": (dim,), "ln_2.bias": (dim,), "mlp.c_fc.weight": (4 * dim, dim),
+                 "mlp.c_fc.bias": (4 * dim,), "mlp.c_proj.weight": (dim, 4 * dim), "mlp.c_proj.bias": (dim,)}
+        shapes |= {f"transformer.resblocks.{i}.{name}": shape for name, shape in block.items()}
+    return {name: (0.1 * torch.randn(shape) + ("ln_" in name and name.endswith("weight"))).to(dtype)
+            for name, shape in shapes.items()}
+
+
+def clip_by_hand(weights, images, heads=4):
+    """CLIP's image tower on torch.nn.MultiheadAttention, straight from the weights; every token projected."""
+    w = {name: x.float() for name, x in weights.items()}
+    dim = len(w["class_embedding"])
+
+    def norm(x, name):
+        return F.layer_norm(x, (dim,), w[f"{name}.weight"], w[f"{name}.bias"], eps=1e-5)
+
+    x = F.conv2d(images, w["conv1.weight"], stride=w["conv1.weight"].shape[-1]).flatten(2).mT
+    x = torch.cat([w["class_embedding"].expand(len(x), 1, -1), x], 1) + w["positional_embedding"]
+    x = norm(x, "ln_pre")
+    for i in range(2):
+        p = f"transformer.resblocks.{i}"
+        attention = torch.nn.MultiheadAttention(dim, heads, batch_first=True)
+        attention.load_state_dict({name[len(p) + 6:]: v for name, v in w.items() if name.startswith(f"{p}.attn.")})
+        y = norm(x, f"{p}.ln_1")
+        x = x + attention(y, y, y, need_weights=False)[0]
+        y = F.linear(norm(x, f"{p}.ln_2"), w[f"{p}.mlp.c_fc.weight"], w[f"{p}.mlp.c_fc.bias"])
+        x = x + F.linear(y * torch.sigmoid(1.702 * y), w[f"{p}.mlp.c_proj.weight"], w[f"{p}.mlp.c_proj.bias"])
+    return norm(x, "ln_post") @ w["proj"]
+
+
+class _Holder(torch.nn.Module):
+    """Nested modules with given parameter names, for torch.jit.script."""
+
+    def __init__(self, weights):
+        super().__init__()
+        for name, w in weights.items():
+            head, _, tail = name.partition(".")
+            if not tail:
+                self.register_parameter(name, torch.nn.Parameter(w, requires_grad=False))
+            elif not hasattr(self, head):
+                prefix = head + "."
+                inner = {n[len(prefix):]: v for n, v in weights.items() if n.startswith(prefix)}
+                setattr(self, head, _Holder(inner))
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layout", ("plain", "visual", "fp16", "torchscript"))
+def test_clip_tower(tmp_path, layout):
+    weights = clip_weights(torch.float16 if layout in ("fp16", "torchscript") else torch.float32)
+    path = tmp_path / "clip.pt"
+    named = {f"visual.{name}": w for name, w in weights.items()} | {
+        "transformer.resblocks.0.ln_1.weight": torch.ones(8), "logit_scale": torch.ones(())}  # the text tower's
+    if layout == "torchscript":
+        torch.jit.script(_Holder(named)).save(str(path))
+    else:
+        torch.save(named if layout == "visual" else weights, path)
+    teacher = semaim.load_teacher("clip", path)
+    images = torch.randn(2, 3, 32, 32)
+    raw = images * torch.tensor(train.STD).view(3, 1, 1) + torch.tensor(train.MEAN).view(3, 1, 1)
+    own = train.v2.functional.normalize(raw, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    tokens = teacher(images)
+    assert tokens.shape == (2, 17, 24) and not tokens.requires_grad
+    torch.testing.assert_close(tokens, clip_by_hand(weights, own), rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.train().vit.training
+
+
+LAYOUTS = {  # how the files of METHOD's authors wrap a ViT's weights, and the extra weights that come along
+    "own": lambda w: dict(model=w, config={}, step=1),
+    "release": lambda w: dict(state_dict={f"module.{n}": x for n, x in w.items()}, optimizer={}, epoch=3),
+    "mae": lambda w: dict(model=w | {"mask_token": torch.ones(1), "decoder_blocks.0.norm1.weight": torch.ones(1)}),
+    "dino_backbone": lambda w: w,
+    "dino_full": lambda w: dict(
+        teacher={f"backbone.{n}": x for n, x in w.items()} | {"head.mlp.0.weight": torch.ones(1)},
+        student={f"module.backbone.{n}": x + 1 for n, x in w.items()}, args=__import__("argparse").Namespace(lr=1)),
+    "compiled": lambda w: dict(model={f"_orig_mod.{n}": x for n, x in w.items()}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weight_files_load_as_they_are(tmp_path, layout):
+    vit, path = small_vit(), tmp_path / "weights.pth"
+    torch.save(LAYOUTS[layout](vit.state_dict()), path)
+    weights = semaim.load_weights(path)
+    assert weights.keys() == vit.state_dict().keys()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(semaim.load_teacher("dino", path)(images), vit.tokens(images).detach())
+    if layout == "dino_full":
+        student = semaim.load_weights(path, key="student")
+        torch.testing.assert_close(student["norm.bias"], weights["norm.bias"] + 1)
+
+
+def test_timm_both_ways(tmp_path):
+    timm = pytest.importorskip("timm")
+    options = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=4, num_classes=0)
+    images = torch.randn(2, 3, 32, 32)
+    theirs = timm.models.VisionTransformer(**options).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    torch.testing.assert_close(semaim.load_teacher("dino", tmp_path / "timm.pth")(images),
+                               theirs.forward_features(images).detach(), rtol=1e-5, atol=1e-5)
+    model = SemAIM(32, 8, 128, 2, 4, 2)
+    torch.save(dict(model=model.state_dict(), config={}, step=0), tmp_path / "last.pt")
+    train.train(train.parse_args(["--export", str(tmp_path / "out.pth"), "--checkpoint", str(tmp_path / "last.pt")]))
+    theirs.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
+    torch.testing.assert_close(theirs.forward_features(images), model.tokens(images), rtol=1e-5, atol=1e-5)
+
+
+class _RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_bad_weight_files(tmp_path):
+    def said(name, content=None, kind="dino"):
+        path = tmp_path / name
+        if isinstance(content, (bytes, str)):
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(ValueError) as error:
+            semaim.load_teacher(kind, path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+        return str(error.value)
+
+    good = small_vit().state_dict()
+    assert "no such file" in said("missing.pt")
+    assert "not a file of PyTorch weights" in said("text.pt", "no weights")
+    assert "refused" in said("code.pt", dict(model=_RunsCode(tmp_path / "ran")))
+    assert not (tmp_path / "ran").exists()
+    torch.save(good, tmp_path / "whole.pt")
+    assert "cut short" in said("cut.pt", (tmp_path / "whole.pt").read_bytes()[:9999])
+    resnet = train.torchvision.models.resnet18(weights=None).state_dict()
+    assert "no ViT: its first weights are conv1.weight" in said("resnet.pt", resnet)
+    assert "no ViT" in said("rn50.pt", {f"visual.{name}": w for name, w in resnet.items()}, "clip")
+    assert "norm.bias has values that are not finite" in said("nan.pt", good | {"norm.bias": torch.full((128,), math.nan)})
+    assert "blocks have blocks.0.ls1.gamma" in said("dinov2.pt", good | {"blocks.0.ls1.gamma": torch.ones(128)})
+    less = {name: w for name, w in good.items() if name != "blocks.1.attn.qkv.bias"}
+    assert "lacks 1 weights: blocks.1.attn.qkv.bias" in said("less.pt", less)
+    assert "is no CLIP tower" in said("vit.pt", good, "clip")
+    assert "is a CLIP tower" in said("clip.pt", clip_weights())
+    assert "safetensors" in said("x.safetensors", "x")
+
+
+def test_ema_teacher_follows_the_closed_form():
+    model, start, seen = small_vit(), {}, []
+    model = SemAIM(32, 8, 16, 2, 2, 2, target="ema")
+    teacher = semaim.ema_teacher(model)
+    start = teacher.vit.blocks[0].attn.qkv.weight.clone()
+    for _ in range(20):
+        with torch.no_grad():
+            model.blocks[0].attn.qkv.weight.add_(torch.randn(48, 16))
+        seen.append(model.blocks[0].attn.qkv.weight.detach().clone())
+        semaim.ema_update(teacher, model, 0.9)
+    expected = 0.9**20 * start + sum(0.1 * 0.9 ** (19 - i) * w for i, w in enumerate(seen))
+    torch.testing.assert_close(teacher.vit.blocks[0].attn.qkv.weight, expected)
+    assert (train.ema_decay(0), train.ema_decay(50), train.ema_decay(100), train.ema_decay(300)) == pytest.approx(
+        (0.999, 0.99945, 0.9999, 0.9999))
+
+
+def test_teacher_decides_order_and_target():
+    teacher, model = semaim.Teacher(small_vit()), SemAIM(32, 8, 16, 2, 2, 2, target="dino", target_dim=128)
+    images = torch.randn(2, 3, 48, 48)
+    small = F.interpolate(images, size=(32, 32), mode="bicubic", antialias=True)
+    tokens = teacher(images)
+    torch.testing.assert_close(tokens, teacher.vit.tokens(small))  # another size than the teacher's is resized
+    out = train.forward(model, small, teacher, model)
+    similarity = similarity_map(tokens, "cls")
+    torch.testing.assert_close(out.similarity, similarity)
+    assert torch.equal(out.order[:, 0], similarity.argmax(1))
+    torch.testing.assert_close(out.loss_map, feature_loss(out.prediction, tokens[:, 1:]))
 
 
 # ---------------------------------------------------------------- data ----
@@ -447,27 +643,59 @@ def same_weights(a, b):
     for name in a:
         x, y = (w[name].chunk(3)[::2] if "qkv.bias" in name else w[name] for w in (a, b))
         if not name.endswith("attn.k.bias"):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+def cut_at(step, monkeypatch):
+    """SIGTERM in the middle of that step."""
+    update, updates = train.clip_gradients, []
+
+    def cut(*args):
+        updates.append(1)
+        if len(updates) == step:
+            os.kill(os.getpid(), train.signal.SIGTERM)
+        return update(*args)
+
+    monkeypatch.setattr(train, "clip_gradients", cut)
 
 
 @pytest.mark.parametrize("workers", (0, 2))
 def test_a_cut_run_ends_bit_for_bit_like_a_whole_one(tmp_path, monkeypatch, workers):
     flags = ("--workers", str(workers), "--epochs", "3")
     whole = run(tmp_path, *flags, out="whole")
-    update, updates = train.clip_gradients, []
-
-    def cut(*args):
-        updates.append(1)
-        if len(updates) == 4:  # in the middle of an epoch
-            os.kill(os.getpid(), train.signal.SIGTERM)
-        return update(*args)
-
-    monkeypatch.setattr(train, "clip_gradients", cut)
+    cut_at(4, monkeypatch)
     assert run(tmp_path, *flags, out="cut")["step"] == 4
     again = run(tmp_path, *flags, out="cut")
     assert again["step"] == whole["step"] == 9
     for name, w in whole["model"].items():
         assert torch.equal(again["model"][name], w), name
+
+
+def test_runs_with_a_teacher(tmp_path):
+    torch.save(small_vit().state_dict(), tmp_path / "dino.pt")
+    torch.save(clip_weights(), tmp_path / "clip.pt")
+    for target in ("dino", "clip"):
+        checkpoint = run(tmp_path, "--target", target, "--teacher", str(tmp_path / f"{target}.pt"), out=target)
+        assert not any("teacher" in name for name in checkpoint["model"])
+        assert Image.open(tmp_path / target / "samples.png").size[0] > 500
+
+
+def test_ema_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    whole = run(tmp_path, "--target", "ema", out="whole")
+    cut_at(4, monkeypatch)
+    assert run(tmp_path, "--target", "ema", out="cut")["step"] == 4
+    again = run(tmp_path, "--target", "ema", out="cut")
+    for part in ("model", "ema"):
+        assert all(torch.equal(again[part][name], w) for name, w in whole[part].items())
+    assert not torch.equal(whole["ema"]["norm.weight"], whole["model"]["norm.weight"])
+
+
+def test_the_releases_checkpoint_goes_on_training(tmp_path):
+    model = SemAIM(32, 8, 128, 4, 4, 2)
+    torch.save(dict(state_dict={f"module.{n}": w for n, w in model.state_dict().items()}, optimizer=dict(state={})),
+               tmp_path / "release.pth")
+    weights = run(tmp_path, "--checkpoint", str(tmp_path / "release.pth"), "--blr", "1e-12")["model"]
+    torch.testing.assert_close(weights, dict(model.state_dict()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ("bf16", "fp16", "fp32"))

@@ -16,7 +16,6 @@ import contextlib
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -34,15 +33,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from semaim import ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, pixel_target, unpatchify
+from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, Output, SemAIM, ema_teacher, ema_update, encoder_weights,
+                    load_teacher, load_weights, patch_order, pixel_target, similarity_map, unpatchify)
 
 # METHOD: the release's recipe. batch_size is what one process holds at a time; accum_iter makes up total_batch.
 PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30, blr=2e-4)
 RECIPES = {
-    "vit_nano": dict(img_size=32, batch_size=128, total_batch=128, epochs=10, warmup_epochs=1, blr=4e-3),
+    "vit_nano": dict(img_size=32, batch_size=128, total_batch=128, epochs=8, warmup_epochs=1, blr=4e-3),
     "vit_large": PAPER | dict(batch_size=128),
     "vit_huge": PAPER | dict(batch_size=64),
 }
+BUILT_IN = ("shapes", "cifar10", "fashion_mnist")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
@@ -73,7 +74,7 @@ def setup(args) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.precision is None:  # bf16 halves the memory; a nano model on a CPU has no need of it
         if device.type == "cuda":
-            args.precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            args.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
         else:
             args.precision = "fp32" if device.type == "mps" or args.arch == "vit_nano" else "bf16"
     return device
@@ -150,14 +151,15 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
 
 def decode(path: str) -> Image.Image:
     """The image in a file as RGB, upright, whatever its mode and whatever its name says."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    with Image.open(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
             image = image.point(lambda value: value / 256).convert("L")
         if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):  # on white, as it is meant to be seen
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -257,7 +259,7 @@ def load_data(data: str, split: str, data_root: str = "data"):
         return Images(images, torch.as_tensor(source.targets), source.classes)
     root = Path(data)
     if not root.is_dir():
-        fail(f"--data {data}: no such folder (nor one of shapes, cifar10, fashion_mnist)")
+        fail(f"--data {data}: no such folder, nor one of {', '.join(BUILT_IN)}")
     folder = root / split
     if split == "val" and not folder.is_dir():
         folder = root / "test"
@@ -303,7 +305,13 @@ class Batches(Sampler):
 
 def make_loader(images: Images, workers: int, device: torch.device, **sampling) -> DataLoader:
     """DataLoader over keys; sampling: batch_sampler=, or sampler= and batch_size=."""
-    return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", **sampling)
+    return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
+                      **sampling)
+
+
+def ignore_interrupt(_):
+    """Ctrl-C reaches every process of a terminal; only the main one shall act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def normalise(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -322,6 +330,11 @@ def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, 
         return lr * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+
+
+def ema_decay(epoch: float) -> float:
+    """Decay of the "ema" target's teacher: from 0.999 to 0.9999 over the first 100 epochs."""
+    return 0.999 + 0.0009 * min(epoch / 100, 1)
 
 
 def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -363,12 +376,34 @@ def load_checkpoint(path) -> dict:
     fail(f"{path} is not a checkpoint of train.py")
 
 
+def read_weights(path) -> dict:
+    """semaim.load_weights for the file of --checkpoint."""
+    try:
+        return load_weights(path)
+    except ValueError as e:
+        fail(f"--checkpoint {e}")
+
+
+def start_from(path, model):
+    """Loads what fits by name, and says what the file does not have; a weight of another shape is an error."""
+    weights, own = read_weights(path), model.state_dict()
+    for name in weights.keys() & own.keys():
+        if weights[name].shape != own[name].shape:
+            fail(f"--checkpoint {path}: {name} is {tuple(weights[name].shape)}, but the model's is "
+                 f"{tuple(own[name].shape)}; see --arch, --img_size, --patch_size")
+    missing, unused = model.load_state_dict(weights, strict=False)
+    say(f"{path}: {len(own) - len(missing)} of the model's {len(own)} tensors loaded"
+        + (f"; not in the file: {', '.join(missing[:3])}, ..." if missing else "")
+        + (f"; not used: {', '.join(unused[:3])}, ..." if unused else ""))
+
+
 def check_resume(path, args, config: dict):
     """A run goes on only as the run it was."""
     same = ("arch", "img_size", "patch_size", "query_depth", "target", "head", "data", "seed", "total_batch")
     for flag in same:
         if config[flag] != getattr(args, flag):
-            fail(f"--{flag} {getattr(args, flag)}, but {path} was made with {config[flag]}; "
+            name = "batch_size, --accum_iter and processes: a total batch of" if flag == "total_batch" else flag
+            fail(f"--{name} {getattr(args, flag)}, but {path} was made with {config[flag]}; "
                  "give the same, or another --output_dir")
 
 
@@ -380,7 +415,8 @@ def extract(model, images: Images, indices: torch.Tensor, args, device) -> dict[
     """Features of images[indices] in evaluation view: cls (n, D), mean (n, D) over the patches, labels (n,)."""
     model.eval()
     mine = [(0, i) for i in indices[RANK::WORLD].tolist()]
-    loader = make_loader(images.seen(eval_view, model.img_size), args.workers, device, sampler=mine, batch_size=args.batch_size)
+    loader = make_loader(images.seen(eval_view, model.img_size), args.workers, device, sampler=mine,
+                         batch_size=args.batch_size)
     parts = dict(cls=[], mean=[], labels=[])
     for batch, labels, _ in tqdm(loader, desc="features", leave=False, disable=RANK > 0):
         with autocast(device, args.precision):
@@ -428,19 +464,20 @@ def heat(x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def save_samples(path: Path, model: SemAIM, images: torch.Tensor, cell: int = 112):
+def save_samples(path: Path, model: SemAIM, images: torch.Tensor, teacher=None, cell: int = 112):
     """Draws what the model sees: images (N, 3, H, W), normalised -> a picture with a labelled row for each of image,
-    similarity, order and (pixel target) target and prediction."""
+    similarity, order, and target and prediction (pixels) or loss (features)."""
     model.eval()
-    grid = images.shape[-1] // model.patch_size
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    features = None if model.target == "pixel" else images.new_zeros(1, 1, 1)
-    out = model(images, target=features)
+    out = forward(model.forward, images, teacher, model)  # past torch.compile, which would compile anew for these few
     similarity = model.similarity(images) if out.similarity is None else out.similarity
-    early = -out.order.argsort(1).float()
+
+    def grid_map(x):
+        return heat(rearrange(x.float().cpu(), "n (h w) -> n h w", w=images.shape[-1] // model.patch_size))
+
     rows = {"image": images.cpu() * std + mean,
-            "similarity\n(bright: high)": heat(rearrange(similarity.float().cpu(), "n (h w) -> n h w", h=grid)),
-            "order\n(bright: early)": heat(rearrange(early.cpu(), "n (h w) -> n h w", h=grid))}
+            "similarity\n(bright: high)": grid_map(similarity),
+            "order\n(bright: early)": grid_map(-out.order.argsort(1))}
     if model.target == "pixel":
         plain = pixel_target(images, model.patch_size, model.blur, norm_pix=False)
         prediction = out.prediction.float()
@@ -448,6 +485,8 @@ def save_samples(path: Path, model: SemAIM, images: torch.Tensor, cell: int = 11
             prediction = prediction * plain.std(-1, keepdim=True) + plain.mean(-1, keepdim=True)
         rows["target\n(blurred)"] = unpatchify(plain.cpu(), model.patch_size) * std + mean
         rows["prediction"] = unpatchify(prediction.cpu(), model.patch_size) * std + mean
+    else:
+        rows["loss\n(bright: high)"] = grid_map(out.loss_map)
     model.train()
     label, gap, step = 130, 6, cell + 6
     canvas = Image.new("RGB", (label + step * len(images), gap + step * len(rows)), "white")
@@ -462,23 +501,47 @@ def save_samples(path: Path, model: SemAIM, images: torch.Tensor, cell: int = 11
 # ---------------------------------------------------------------- training ----
 
 
-def make_model(args, device) -> SemAIM:
-    """The model that the command line asks for."""
-    sizes = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
+def make_model(args, device):
+    """The model that the command line asks for, and its teacher if it has one."""
+    teacher, target_dim = None, None
     names = ("img_size", "patch_size", "query_depth", "target", "order", "anchor", "loss", "head")
     try:
-        model = SemAIM(**sizes, **{name: getattr(args, name) for name in names}).to(device)
+        if args.target in ("dino", "clip"):
+            if not args.teacher:
+                fail(f"--target {args.target} needs --teacher FILE, the weights of the teacher")
+            teacher = load_teacher(args.target, args.teacher).to(device)
+            target_dim = teacher.width
+        model = SemAIM(**{name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}, target_dim=target_dim,
+                       **{name: getattr(args, name) for name in names}).to(device)
     except ValueError as e:
-        fail(f"--{e}")  # semaim's messages begin with the name of the argument
+        fail(f"--{e}" if str(e).split()[0] in names else f"--teacher {e}")  # the message begins with the culprit
+    if args.target == "ema":
+        teacher = ema_teacher(model)
+    if teacher and args.anchor == "attention":
+        fail("--anchor attention is the student's own; with a teacher use cls or gap")
+    if teacher and teacher.grid != args.img_size // args.patch_size:
+        fail(f"--teacher {args.teacher} has {teacher.grid} x {teacher.grid} patches, but --img_size {args.img_size} and "
+             f"--patch_size {args.patch_size} make {args.img_size // args.patch_size} x "
+             f"{args.img_size // args.patch_size}")
     if args.compile:
         model.compile(fullgraph=True)
-    return model
+    return model, teacher
 
 
-def backward(model, images: torch.Tensor, scaler, args) -> torch.Tensor:
+def forward(call, images: torch.Tensor, teacher, options) -> Output:
+    """call: the model, bare or wrapped; options: what has .order and .anchor. A teacher decides the order, and the
+    target, if there is one."""
+    if teacher is None:
+        return call(images)
+    tokens = teacher(images)
+    similarity = similarity_map(tokens, options.anchor)
+    return call(images, patch_order(options.order, similarity), tokens[:, 1:])._replace(similarity=similarity)
+
+
+def backward(model, images: torch.Tensor, scaler, args, teacher=None) -> torch.Tensor:
     """Forward and backward of one micro-batch; returns its loss. Gradients add up over accum_iter calls."""
     with autocast(images.device, args.precision):
-        loss = model(images).loss
+        loss = forward(model, images, teacher, args).loss
     scaler.scale(loss / args.accum_iter).backward()
     return loss.detach()
 
@@ -491,11 +554,15 @@ def clip_gradients(model, optimizer, scaler, args) -> torch.Tensor:
 
 def train(args):
     """One run, from the command line's arguments to the last checkpoint."""
+    if args.export:
+        return save_checkpoint(Path(args.export), encoder_weights(read_weights(args.checkpoint)))
     device = setup(args)
     if args.benchmark:
         return benchmark(args, device)
     torch.manual_seed(args.seed)
-    model = make_model(args, device)
+    model, teacher = make_model(args, device)
+    if args.checkpoint:
+        start_from(args.checkpoint, model)
     lr = args.blr * args.total_batch / 256
     optimizer = make_optimizer(model, lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -517,13 +584,22 @@ def train(args):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        if args.target == "ema":
+            teacher.vit.load_state_dict(checkpoint["ema"])
         state = {name: checkpoint[name] for name in state}
         say(f"{resume}: going on from step {state['step']} of {stop}")
 
+    few = val or data
+    few = [few.seen(eval_view, args.img_size)[0, i][0]
+           for i in torch.linspace(0, len(few) - 1, min(8, len(few))).long().tolist()]
+
     def save():
         if RANK == 0:
+            ema = teacher.vit.state_dict() if args.target == "ema" else {}
             save_checkpoint(last, dict(model=model.state_dict(), config=vars(args), optimizer=optimizer.state_dict(),
-                                       scaler=scaler.state_dict(), epoch=state["step"] / steps_per_epoch, **state))
+                                       scaler=scaler.state_dict(), ema=ema, epoch=state["step"] / steps_per_epoch,
+                                       **state))
+            save_samples(out / "samples.png", model, normalise(torch.stack(few), device), teacher)
 
     def log(**line):
         if RANK == 0:
@@ -544,13 +620,13 @@ def train(args):
     if state["step"] == 0:
         state["knn_before"] = evaluate("before")
 
-    stopping = []
+    stopping = []  # signals that came: the running step is finished, then all is saved
+
     def on_signal(number, _):
         stopping.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one ends the program at once
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
 
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     views = data.seen(random_view, args.img_size, args.seed)
     batches = iter(make_loader(views, args.workers, device, batch_sampler=Batches(
@@ -574,7 +650,7 @@ def train(args):
             torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties and stochastic orders
             sync = micro == args.accum_iter - 1 or WORLD == 1
             with contextlib.nullcontext() if sync else wrapped.no_sync():
-                loss += backward(wrapped, normalise(images, device), scaler, args) / args.accum_iter
+                loss += backward(wrapped, normalise(images, device), scaler, args, teacher) / args.accum_iter
         grad_norm = clip_gradients(model, optimizer, scaler, args)
 
         # One look at the device a step: is all well, and does anybody want to stop?
@@ -589,6 +665,8 @@ def train(args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        if args.target == "ema":
+            ema_update(teacher, model, ema_decay(step / steps_per_epoch))
         state["step"] += 1
         bar.update()
 
@@ -604,17 +682,15 @@ def train(args):
             save()
             saved = time.monotonic()
         if stop_now:
-            bar.close()
             say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on from there")
-            return
+            break
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if state["step"] < stop:
+        return
 
     top1 = evaluate("after")
-    if RANK == 0:
-        shown = val or data
-        few = torch.linspace(0, len(shown) - 1, min(8, len(shown))).long().tolist()
-        shown = shown.seen(eval_view, args.img_size)
-        save_samples(out / "samples.png", model, normalise(torch.stack([shown[0, i][0] for i in few]), device))
     for index in state["unreadable"][:20]:
         say(f"not readable as an image, left out: {data.images[index]}")
     if state["unreadable"]:
@@ -653,6 +729,8 @@ def peak_memory(device) -> int:
     """Bytes: the most that this process has had at once."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -662,14 +740,14 @@ def benchmark(args, device):
 
     # Steps: order, forward, backward, clipping, optimiser.
     imports = peak_memory(device)
-    model = make_model(args, device)
+    model, teacher = make_model(args, device)
     optimizer = make_optimizer(model, 1e-4, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8)
     args.accum_iter = 1
 
     def step():
-        backward(model, normalise(images, device), scaler, args)
+        backward(model, normalise(images, device), scaler, args, teacher)
         clip_gradients(model, optimizer, scaler, args)
         scaler.step(optimizer)
         scaler.update()
@@ -680,7 +758,7 @@ def benchmark(args, device):
     state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())  # + gradient, two moments
     activations = (peak_memory(device) - imports - state) / args.batch_size / 1e9
     with FlopCounterMode(display=False) as counter:
-        backward(model, normalise(images[:1], device), scaler, args)
+        backward(model, normalise(images[:1], device), scaler, args, teacher)
     flops = counter.get_total_flops() * args.batch_size
     peak = matmul_peak(device, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[args.precision])
     median = seconds[len(seconds) // 2]
@@ -692,28 +770,33 @@ def benchmark(args, device):
           f"matrix product ({peak / 1e12:.3f} TFLOP/s); {flops / args.batch_size / 1e9:.0f} GFLOP an image")
     print(f"activations    {activations:.3f} GB an image (peak less imports, weights, gradients, optimiser)")
 
-    # Loader: one worker's work, done here, on JPEGs of ImageNet's usual size.
+    # Loader: one worker, on 64 JPEGs of ImageNet's usual size, twelve times over; in turns with the usual pipeline.
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "class").mkdir()
         for i, image in enumerate(F.interpolate(draw_shapes(64, 0)[0].float(), size=(375, 500), mode="bicubic")):
-            image = (image + 12 * torch.randn(image.shape)).clamp(0, 255).byte()
-            v2.functional.to_pil_image(image).save(f"{folder}/{i}.jpg", quality=90)
-        views = Images(list_images(Path(folder)), None, None, random_view, args.img_size)
-        plain = v1.Compose([v1.RandomResizedCrop(args.img_size, (0.2, 1), interpolation=v1.InterpolationMode.BICUBIC),
-                            v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD)])
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as a worker has
-        ours, theirs = [], []
-        for _ in range(5):
-            ours.append(timed(lambda: [views[0, i] for i in range(64)], torch.device("cpu")))
-            theirs.append(timed(lambda: [plain(Image.open(path).convert("RGB")) for path in views.images],
-                                torch.device("cpu")))
-        torch.set_num_threads(threads)
-    rate = 64 / min(ours)
-    print(f"loader         {rate:.0f} images/s a worker on 500 x 375 JPEGs, {min(theirs) / min(ours):.2f} times "
-          "RandomResizedCrop, flip, ToTensor and Normalize on Pillow images")
-    need = args.batch_size / median / rate
-    print(f"bottleneck     the {'model' if need <= args.workers else 'loader'}: it takes {need:.1f} workers to feed "
-          f"this model, and --workers is {args.workers}")
+            image = (image + 4 * torch.randn(image.shape)).clamp(0, 255).byte()
+            v2.functional.to_pil_image(image).save(f"{folder}/class/{i}.jpg", quality=90)
+        kilobytes = sum(path.stat().st_size for path in Path(folder).glob("*/*")) / 64e3
+        usual = torchvision.datasets.ImageFolder(folder, v1.Compose([
+            v1.RandomResizedCrop(args.img_size, (0.2, 1), interpolation=v1.InterpolationMode.BICUBIC),
+            v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD)]))
+        usual.samples *= 12
+        ours = Images([path for path, _ in usual.samples], None, None, random_view, args.img_size)
+        rates = [(loader_rate(ours, [(0, i) for i in range(768)]), loader_rate(usual, range(768))) for _ in range(3)]
+    rate, usual_rate = (sorted(column)[1] for column in zip(*rates))
+    print(f"loader         {rate:.0f} images/s a worker on 500 x 375 JPEGs of {kilobytes:.0f} kB, "
+          f"{rate / usual_rate:.2f} times RandomResizedCrop, flip, ToTensor and Normalize on Pillow images")
+    need, workers = args.batch_size / median / rate, max(args.workers, 1)
+    print(f"bottleneck     the {'model' if need <= workers else 'loader'}: feeding this model takes "
+          f"{need:.2f} workers, and there are {workers}")
+
+
+def loader_rate(data, keys) -> float:
+    """Images/s that one worker delivers, its start not counted."""
+    batches = iter(DataLoader(data, sampler=keys, batch_size=32, num_workers=1))
+    next(batches)
+    start = time.perf_counter()
+    return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
 
 
 def parse_args(argv=None):
@@ -730,6 +813,7 @@ def parse_args(argv=None):
     add("--output_dir", help="default: output/ARCH-DATA-TARGET")
     add("--resume", help="checkpoint to go on from (default: OUTPUT_DIR/last.pt, if there)")
     add("--target", default="pixel", choices=TARGETS)
+    add("--teacher", help="weights of the teacher: any file that semaim.load_weights knows")
     add("--order", default="semantic", choices=ORDERS)
     add("--anchor", default="cls", choices=ANCHORS)
     add("--loss", default="l2", choices=("l2", "l1"))
@@ -750,23 +834,31 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--save_every_minutes", type=float, default=10)
     add("--knn_images", type=int, default=60_000, help="at most so many of train and of val; 0: no k-NN")
+    add("--checkpoint", help="weights to start from: any file that semaim.load_weights knows")
+    add("--export", help="write the encoder of --checkpoint to this file, in timm's names, and stop")
     add("--benchmark", action="store_true", help="time steps and loader, then stop")
     args = parser.parse_args(argv)
     recipe = ARCHS[args.arch] | RECIPES.get(args.arch, PAPER)
+    if args.benchmark and not torch.cuda.is_available():
+        recipe["batch_size"] = 16  # as much as a CPU does in bearable time
     for name in ("img_size", "patch_size", "query_depth", "batch_size", "epochs", "warmup_epochs", "blr"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
     if args.accum_iter is None:
         args.accum_iter = max(1, recipe["total_batch"] // (args.batch_size * WORLD))
     args.total_batch = args.batch_size * args.accum_iter * WORLD
-    if args.workers is None:
-        args.workers = 0 if args.data in ("shapes", "cifar10", "fashion_mnist") and not torch.cuda.is_available() else (
-            min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if args.workers is None:  # what lies in memory is too quick to be worth a process, unless a GPU waits for it
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = 0 if args.data in BUILT_IN and not torch.cuda.is_available() else min(16, cores)
     args.output_dir = args.output_dir or f"output/{args.arch}-{Path(args.data).name}-{args.target}"
     return args
 
 
 if __name__ == "__main__":
-    train(parse_args())
-    if WORLD > 1:
-        dist.destroy_process_group()
+    try:
+        train(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted outside of the training steps, nothing was lost; the same command goes on")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
