@@ -542,7 +542,8 @@ def load_weights(path, key: Optional[str] = None) -> dict[str, Tensor]:
     if any(name.startswith("visual.") for name in weights):  # CLIP with its text tower
         weights = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
     weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", name): w for name, w in weights.items()}
-    kind = "ViT"
+    marks = (("query_blocks.", "SemAIM"), ("decoder_", "MAE"), ("head.mlp.", "DINO"))
+    kind = next((kind for mark, kind in marks if any(mark in name for name in weights)), "ViT")
     if "class_embedding" in weights:
         kind = "CLIP"
         for old, new in CLIP_NAMES:
@@ -551,7 +552,7 @@ def load_weights(path, key: Optional[str] = None) -> dict[str, Tensor]:
         weights["proj.weight"] = weights["proj.weight"].T
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= set(weights):
         raise ValueError(f"{path} holds no ViT: its first weights are {', '.join(list(weights)[:3]) or 'none'}")
-    taken = {n: w.float() for n, w in weights.items() if ENCODER.fullmatch(n) or (kind == "ViT" and OTHERS.match(n))}
+    taken = {n: w.float() for n, w in weights.items() if ENCODER.fullmatch(n) or (kind != "CLIP" and OTHERS.match(n))}
     dropped = sorted(set(weights) - set(taken))
     strange = [name for name in dropped if name.startswith("blocks.")]
     if strange:  # to leave out a part of a block would compute something else

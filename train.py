@@ -587,6 +587,10 @@ def train(args):
         if args.target == "ema":
             teacher.vit.load_state_dict(checkpoint["ema"])
         state = {name: checkpoint[name] for name in state}
+        if RANK == 0 and (out / "log.jsonl").exists():  # what came after the checkpoint will come again
+            lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
+            lines = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
+            (out / "log.jsonl").write_text("".join(lines))
         say(f"{resume}: going on from step {state['step']} of {stop}")
 
     few = val or data
@@ -646,7 +650,9 @@ def train(args):
                 images, _, bad = next(batches)
             except UnreadableError as e:
                 fail(f"--data {args.data}: {str(e).splitlines()[-1].split('Error: ')[-1]}")  # a worker adds its trace
-            state["unreadable"] = sorted({*state["unreadable"], *bad[bad >= 0].tolist()})
+            for index in set(bad[bad >= 0].tolist()) - set(state["unreadable"]):
+                state["unreadable"].append(index)
+                tqdm.write(f"not readable as an image, left out: {data.images[index]}", file=sys.stderr)
             torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties and stochastic orders
             sync = micro == args.accum_iter - 1 or WORLD == 1
             with contextlib.nullcontext() if sync else wrapped.no_sync():
@@ -678,8 +684,14 @@ def train(args):
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_now:.1e}", img_s=f"{speed:.0f}")
             log(step=state["step"], epoch=state["step"] / steps_per_epoch, loss=loss, lr=lr_now, grad_norm=grad_norm,
                 images_per_s=speed)
-        if stop_now or state["step"] == stop or now - saved > 60 * args.save_every_minutes:
-            save()
+        ending = stop_now or state["step"] == stop
+        if ending or now - saved > 60 * args.save_every_minutes:
+            try:
+                save()
+            except SystemExit as e:  # a full disk may have room again next time
+                if ending:
+                    raise
+                say(f"{e}; training goes on")
             saved = time.monotonic()
         if stop_now:
             say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on from there")
@@ -691,10 +703,8 @@ def train(args):
         return
 
     top1 = evaluate("after")
-    for index in state["unreadable"][:20]:
-        say(f"not readable as an image, left out: {data.images[index]}")
     if state["unreadable"]:
-        say(f"{len(state['unreadable'])} of {len(data)} files were left out")
+        say(f"{len(state['unreadable'])} of {len(data)} files were not readable as images and left out")
     gain = ""
     if top1 and state["knn_before"]:
         gain = ", k-NN top-1 " + ", ".join(f"{name} {state['knn_before'][name]:.1f} -> {top1[name]:.1f} %"
