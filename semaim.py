@@ -160,7 +160,7 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size))
-        rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are dropped more often
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
@@ -224,7 +224,7 @@ def patch_order(kind: str, similarity: Tensor) -> Tensor:
 
     "semantic" (the paper's): outwards from the most similar patch, by Euclidean distance on the grid.
     "similarity": most similar first.  "stochastic": random (SAIM).  "raster": row by row (iGPT).
-    "center": square rings outwards from the middle of the image.  Equals come in random order."""
+    "center": square rings outwards from the middle of the image.  Equal distances and rings: in random order."""
     _check("order", kind, ORDERS)
     n, length = similarity.shape
     grid = math.isqrt(length)
@@ -372,9 +372,13 @@ class SemAIM(ViT):
     @torch.no_grad()
     def similarity(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> similarity (N, L) of each patch with the whole, in the model's own eyes."""
-        if self.anchor == "attention":
-            return self.attention_map(images)
-        return similarity_map(self.tokens(images), self.anchor)
+        device = images.device.type
+        # No cache: up to torch 2.6 at least, autocast would hand the weights that it cast here, where there is no
+        # gradient, to the forward pass that needs one.
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+            if self.anchor == "attention":
+                return self.attention_map(images)
+            return similarity_map(self.tokens(images), self.anchor)
 
     def predict(self, images: Tensor, order: Tensor) -> Tensor:
         """Images (N, 3, H, W), order (N, L) -> prediction (N, L, target_dim) in raster order.
@@ -395,6 +399,7 @@ class SemAIM(ViT):
         return self._predict(self._streams(content, query, *autoregressive_masks(order)))
 
     def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
+        """Content (N, K, D), query (N, L, D), masks as in attend -> query (N, L, D) after the last block."""
         every = len(self.blocks) // len(self.query_blocks)
         for i, block in enumerate(self.blocks):
             content = block(content, content_mask)
@@ -432,8 +437,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 class CLIPTower(ViT):
-    """CLIP's image tower (Radford et al. 2021), a ViT but for: no bias in the patch embedding, a norm before the blocks,
-    QuickGELU, LayerNorm eps 1e-5, and a projection of every token. tokens: (N, 3, H, W) -> (N, 1+L, out)."""
+    """CLIP's image tower (Radford et al. 2021): a ViT, but with no bias in the patch embedding, a norm before the
+    blocks, QuickGELU, LayerNorm eps 1e-5, and a projection of every token. tokens: (N, 3, H, W) -> (N, 1+L, out)."""
 
     def __init__(self, img_size, patch_size, dim, depth, heads, out):
         super().__init__(img_size, patch_size, dim, depth, heads)
@@ -521,7 +526,7 @@ def _read(path) -> dict:
         raise ValueError(f"{path}: no such file") from None
     except Exception as e:
         if str(path).endswith(".safetensors"):
-            raise ValueError(f"{path}: safetensors need a package of their own; save the dict with torch.save") from None
+            raise ValueError(f"{path}: safetensors need another package; save the dict with torch.save") from None
         if "GLOBAL " in str(e):
             raise ValueError(f"{path} asks to run code when it is loaded: refused") from None
         raise ValueError(f"{path} is not a file of PyTorch weights, or it is cut short") from None
@@ -560,10 +565,15 @@ def load_weights(path, key: Optional[str] = None) -> dict[str, Tensor]:
     for name, w in taken.items():
         if not w.isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite")
-    expected = _make_vit(taken, kind == "CLIP").state_dict()
+    with torch.device("meta"):  # names and shapes alone
+        expected = _make_vit(taken, kind == "CLIP").state_dict()
     missing = [name for name in expected if name not in taken and not name.startswith("norm.")]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights: {', '.join(missing[:3])}")
+    odd = next((name for name in taken if ENCODER.fullmatch(name) and (
+        name not in expected or taken[name].shape != expected[name].shape)), None)
+    if odd:
+        raise ValueError(f"{path} is another kind of ViT: its {odd} is {tuple(taken[odd].shape)}")
     print(f"{path}: {kind}{f' ({part})' if part else ''}, {len(taken)} tensors taken, {len(dropped)} left out"
           + (f" ({', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''})" if dropped else "")
           + ("" if "norm.weight" in taken else ", no final norm"))
@@ -577,7 +587,7 @@ def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _make_vit(weights: dict[str, Tensor], clip: bool, heads: Optional[int] = None) -> ViT:
     """An untrained ViT of the size of the weights. They do not tell its heads: those of ARCHS, else 64 wide."""
-    dim, patch_size = weights["patch_embed.proj.weight"].shape[::3]
+    dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     heads = heads or next((arch["heads"] for arch in ARCHS.values() if arch["dim"] == dim), dim // 64)

@@ -293,6 +293,8 @@ def test_similarity_forward_runs_in_the_precision_of_the_rest():
     with torch.autocast("cpu", torch.bfloat16):
         out = model(torch.randn(2, 3, 8, 8))
     assert seen == [torch.bfloat16] * 2 and out.loss.dtype == torch.float32  # the unmasked pass, then the masked one
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)  # autocast keeps no ungraded casts
 
 
 def test_feature_target_needs_features():
@@ -407,7 +409,7 @@ def test_clip_tower(tmp_path, layout):
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.train().vit.training
 
 
-LAYOUTS = {  # how the files of METHOD's authors wrap a ViT's weights, and the extra weights that come along
+LAYOUTS = {  # how each project wraps a ViT's weights, and the extra weights that come along
     "own": lambda w: dict(model=w, config={}, step=1),
     "release": lambda w: dict(state_dict={f"module.{n}": x for n, x in w.items()}, optimizer={}, epoch=3),
     "mae": lambda w: dict(model=w | {"mask_token": torch.ones(1), "decoder_blocks.0.norm1.weight": torch.ones(1)}),
@@ -442,7 +444,7 @@ def test_timm_both_ways(tmp_path):
                                theirs.forward_features(images).detach(), rtol=1e-5, atol=1e-5)
     model = SemAIM(32, 8, 128, 2, 4, 2)
     torch.save(dict(model=model.state_dict(), config={}, step=0), tmp_path / "last.pt")
-    train.train(train.parse_args(["--export", str(tmp_path / "out.pth"), "--checkpoint", str(tmp_path / "last.pt")]))
+    train.main(["--export", str(tmp_path / "out.pth"), "--checkpoint", str(tmp_path / "last.pt")])
     theirs.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
     torch.testing.assert_close(theirs.forward_features(images), model.tokens(images), rtol=1e-5, atol=1e-5)
 
@@ -477,7 +479,10 @@ def test_bad_weight_files(tmp_path):
     resnet = train.torchvision.models.resnet18(weights=None).state_dict()
     assert "no ViT: its first weights are conv1.weight" in said("resnet.pt", resnet)
     assert "no ViT" in said("rn50.pt", {f"visual.{name}": w for name, w in resnet.items()}, "clip")
-    assert "norm.bias has values that are not finite" in said("nan.pt", good | {"norm.bias": torch.full((128,), math.nan)})
+    nan = good | {"norm.bias": torch.full((128,), math.nan)}
+    assert "norm.bias has values that are not finite" in said("nan.pt", nan)
+    wide = torch.zeros(1, 18, 128)  # a distillation token
+    assert "another kind of ViT: its pos_embed is (1, 18, 128)" in said("deit.pt", good | {"pos_embed": wide})
     assert "blocks have blocks.0.ls1.gamma" in said("dinov2.pt", good | {"blocks.0.ls1.gamma": torch.ones(128)})
     less = {name: w for name, w in good.items() if name != "blocks.1.attn.qkv.bias"}
     assert "lacks 1 weights: blocks.1.attn.qkv.bias" in said("less.pt", less)
@@ -617,7 +622,7 @@ def run(tmp_path, *flags, data=None, out="out"):
     """One run of train.py on 12 images for 6 steps; returns its last checkpoint."""
     args = ["--img_size", "32", "--batch_size", "4", "--accum_iter", "1", "--epochs", "2", "--warmup_epochs", "0.5",
             "--knn_images", "0", "--workers", "0", "--output_dir", str(tmp_path / out)]
-    train.train(train.parse_args(["--data", str(data or folder(tmp_path)), *args, *flags]))
+    train.main(["--data", str(data or folder(tmp_path)), *args, *flags])
     return torch.load(tmp_path / out / "last.pt", weights_only=True)
 
 
@@ -743,6 +748,7 @@ def test_recipes():
     (["--target", "dino"], "--target dino needs --teacher FILE"),
     (["--target", "clip", "--teacher", "nothing.pt"], "--teacher nothing.pt: no such file"),
     (["--target", "ema", "--anchor", "attention"], "--anchor attention is the student's own"),
+    (["--export", "x.pth"], "--export needs --checkpoint FILE"),
     (["--checkpoint", "nothing.pt"], "--checkpoint nothing.pt: no such file"),
     (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--resume", "nothing.pt"], "--resume nothing.pt: no such file"),
@@ -763,6 +769,11 @@ def test_bad_files(tmp_path):
     run(tmp_path)
     with pytest.raises(SystemExit, match="--arch vit_tiny, but .*last.pt was made with vit_nano"):
         run(tmp_path, "--arch", "vit_tiny", "--resume", str(tmp_path / "out" / "last.pt"), out="other")
+    with pytest.raises(SystemExit, match="--order raster, but .*last.pt was made with semantic"):
+        run(tmp_path, "--order", "raster")
+    (tmp_path / "data" / "val" / "cat").rename(tmp_path / "data" / "val" / "cow")
+    with pytest.raises(SystemExit, match="val has a class that train has not: cow"):
+        run(tmp_path, data=tmp_path / "data")
 
 
 def test_an_unreadable_image_is_named_and_left_out(tmp_path, capsys):
@@ -778,7 +789,7 @@ def test_nothing_but_unreadable_images(tmp_path):
     data = folder(tmp_path)
     for path in data.glob("train/*/*"):
         path.write_text("no image")
-    with pytest.raises(SystemExit, match="100 files in a row are not readable as images, the first is .*train"):
+    with pytest.raises(SystemExit, match="^error: 100 files in a row are not readable as images, the first is .*train"):
         run(tmp_path, data=data)
 
 

@@ -7,9 +7,8 @@
     python train.py --arch vit_base --benchmark                        how fast would it be here?
 
 DIR holds train/CLASS/* and val/CLASS/* (or test/), or just images. A run that was cut goes on when the same command is
-given again. Every random draw is a function of the seed and of the step or image that it is for, so that neither the
-number of workers nor the place of the cut changes the result. eval.py uses the data, schedule and checkpoints of this
-file.
+given again. Every random draw is a function of the seed and of the step and process, or of the epoch and image, that it
+is for, so that neither the number of workers nor the place of the cut changes the result.
 """
 import argparse
 import contextlib
@@ -36,7 +35,7 @@ from tqdm import tqdm
 from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, Output, SemAIM, ema_teacher, ema_update, encoder_weights,
                     load_teacher, load_weights, patch_order, pixel_target, similarity_map, unpatchify)
 
-# METHOD: the release's recipe. batch_size is what one process holds at a time; accum_iter makes up total_batch.
+# The release's recipe. batch_size is what one process holds at most at a time; accum_iter makes up total_batch.
 PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30, blr=2e-4)
 RECIPES = {
     "vit_nano": dict(img_size=32, batch_size=128, total_batch=128, epochs=8, warmup_epochs=1, blr=4e-3),
@@ -237,8 +236,9 @@ def list_images(root: Path) -> list[str]:
     return sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
 
 
-def load_data(data: str, split: str, data_root: str = "data"):
-    """--data, "train" or "val" -> Images, or None if there is no val."""
+def load_data(data: str, split: str, data_root: str = "data", classes=None):
+    """--data, "train" or "val" -> Images, or None if there is no val. classes: those of train, for val to number its
+    own alike."""
     if data == "shapes":
         seeds = range(20) if split == "train" else range(20, 24)
         images, labels = (torch.cat(part) for part in zip(*(draw_shapes(500, seed) for seed in seeds)))
@@ -270,12 +270,15 @@ def load_data(data: str, split: str, data_root: str = "data"):
     paths = list_images(folder)
     if not paths:
         fail(f"--data {data}: no images in {folder}")
-    classes = sorted({path[len(str(folder)) + 1:].split(os.sep)[0] for path in paths})
-    if folder == root or not all((folder / name).is_dir() for name in classes):
+    names = [path[len(str(folder)) + 1:].split(os.sep)[0] for path in paths]
+    found = sorted(set(names))
+    if folder == root or not all((folder / name).is_dir() for name in found):
         return Images(paths, None, None)  # no class folders
+    classes = classes or found
+    if not set(found) <= set(classes):
+        fail(f"--data {data}: {folder.name} has a class that train has not: {min(set(found) - set(classes))}")
     number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[path[len(str(folder)) + 1:].split(os.sep)[0]] for path in paths])
-    return Images(paths, labels, classes)
+    return Images(paths, torch.tensor([number[name] for name in names]), classes)
 
 
 class Batches(Sampler):
@@ -305,13 +308,14 @@ class Batches(Sampler):
 
 def make_loader(images: Images, workers: int, device: torch.device, **sampling) -> DataLoader:
     """DataLoader over keys; sampling: batch_sampler=, or sampler= and batch_size=."""
-    return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt,
+    return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
                       **sampling)
 
 
-def ignore_interrupt(_):
-    """Ctrl-C reaches every process of a terminal; only the main one shall act on it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_):
+    """Ctrl-C, and a cluster's SIGTERM, reach every process of the group; only the main one shall act on them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def normalise(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -399,7 +403,8 @@ def start_from(path, model):
 
 def check_resume(path, args, config: dict):
     """A run goes on only as the run it was."""
-    same = ("arch", "img_size", "patch_size", "query_depth", "target", "head", "data", "seed", "total_batch")
+    same = ("arch", "img_size", "patch_size", "query_depth", "head", "target", "teacher", "order", "anchor", "loss",
+            "weight_decay", "data", "seed", "total_batch")
     for flag in same:
         if config[flag] != getattr(args, flag):
             name = "batch_size, --accum_iter and processes: a total batch of" if flag == "total_batch" else flag
@@ -515,6 +520,8 @@ def make_model(args, device):
                        **{name: getattr(args, name) for name in names}).to(device)
     except ValueError as e:
         fail(f"--{e}" if str(e).split()[0] in names else f"--teacher {e}")  # the message begins with the culprit
+    if args.checkpoint:
+        start_from(args.checkpoint, model)
     if args.target == "ema":
         teacher = ema_teacher(model)
     if teacher and args.anchor == "attention":
@@ -555,19 +562,20 @@ def clip_gradients(model, optimizer, scaler, args) -> torch.Tensor:
 def train(args):
     """One run, from the command line's arguments to the last checkpoint."""
     if args.export:
+        if not args.checkpoint:
+            fail("--export needs --checkpoint FILE, the weights to export")
         return save_checkpoint(Path(args.export), encoder_weights(read_weights(args.checkpoint)))
     device = setup(args)
     if args.benchmark:
         return benchmark(args, device)
     torch.manual_seed(args.seed)
     model, teacher = make_model(args, device)
-    if args.checkpoint:
-        start_from(args.checkpoint, model)
     lr = args.blr * args.total_batch / 256
     optimizer = make_optimizer(model, lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
-    data, val = load_data(args.data, "train", args.data_root), load_data(args.data, "val", args.data_root)
+    data = load_data(args.data, "train", args.data_root)
+    val = load_data(args.data, "val", args.data_root, data.classes)
     if len(data) < args.total_batch:
         fail(f"--batch_size: a total batch of {args.total_batch} is larger than the data set ({len(data)} images)")
     steps_per_epoch = len(data) // args.total_batch
@@ -577,7 +585,7 @@ def train(args):
         out.mkdir(parents=True, exist_ok=True)
     last = out / "last.pt"
     state = dict(step=0, seconds=0.0, unreadable=[], knn_before=None)
-    resume = args.resume or (last if last.exists() else None)
+    resume = last if last.exists() else args.resume
     if resume:
         checkpoint = load_checkpoint(resume)
         check_resume(resume, args, checkpoint["config"])
@@ -646,10 +654,7 @@ def train(args):
 
         loss = 0.0
         for micro in range(args.accum_iter):
-            try:
-                images, _, bad = next(batches)
-            except UnreadableError as e:
-                fail(f"--data {args.data}: {str(e).splitlines()[-1].split('Error: ')[-1]}")  # a worker adds its trace
+            images, _, bad = next(batches)
             for index in set(bad[bad >= 0].tolist()) - set(state["unreadable"]):
                 state["unreadable"].append(index)
                 tqdm.write(f"not readable as an image, left out: {data.images[index]}", file=sys.stderr)
@@ -688,7 +693,7 @@ def train(args):
         if ending or now - saved > 60 * args.save_every_minutes:
             try:
                 save()
-            except SystemExit as e:  # a full disk may have room again next time
+            except (SystemExit, OSError) as e:  # a full disk may have room again next time
                 if ending:
                     raise
                 say(f"{e}; training goes on")
@@ -821,7 +826,7 @@ def parse_args(argv=None):
     add("--data", default="shapes", help="shapes, cifar10, fashion_mnist, or a folder of images")
     add("--data_root", default="data", help="where cifar10 and fashion_mnist lie or are downloaded to")
     add("--output_dir", help="default: output/ARCH-DATA-TARGET")
-    add("--resume", help="checkpoint to go on from (default: OUTPUT_DIR/last.pt, if there)")
+    add("--resume", help="checkpoint to go on from if there is no OUTPUT_DIR/last.pt yet")
     add("--target", default="pixel", choices=TARGETS)
     add("--teacher", help="weights of the teacher: any file that semaim.load_weights knows")
     add("--order", default="semantic", choices=ORDERS)
@@ -851,6 +856,7 @@ def parse_args(argv=None):
     recipe = ARCHS[args.arch] | RECIPES.get(args.arch, PAPER)
     if args.benchmark and not torch.cuda.is_available():
         recipe["batch_size"] = 16  # as much as a CPU does in bearable time
+    recipe["batch_size"] = max(1, min(recipe["batch_size"], recipe["total_batch"] // WORLD))
     for name in ("img_size", "patch_size", "query_depth", "batch_size", "epochs", "warmup_epochs", "blr"):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
@@ -864,11 +870,18 @@ def parse_args(argv=None):
     return args
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """The command line: what a user can cause ends in one line."""
     try:
-        train(parse_args())
+        train(parse_args(argv))
+    except UnreadableError as e:
+        fail(str(e).splitlines()[-1].split("Error: ")[-1])  # a worker puts its trace in front
     except KeyboardInterrupt:
-        fail("interrupted outside of the training steps, nothing was lost; the same command goes on")
+        fail("interrupted outside of the training steps; the same command goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
