@@ -68,9 +68,10 @@ def setup(args) -> torch.device:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     else:
-        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        device = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
+    if WORLD > 1:
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     if args.precision is None:  # bf16 halves the memory; a nano model on a CPU has no need of it
         if device.type == "cuda":
             args.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
@@ -308,19 +309,20 @@ class Batches(Sampler):
 
 def make_loader(images: Images, workers: int, device: torch.device, **sampling) -> DataLoader:
     """DataLoader over keys; sampling: batch_sampler=, or sampler= and batch_size=."""
-    return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+    return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=own_group,
                       **sampling)
 
 
-def ignore_signals(_):
-    """Ctrl-C, and a cluster's SIGTERM, reach every process of the group; only the main one shall act on them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def own_group(_):
+    """A worker leaves the process group: Ctrl-C and a cluster's SIGTERM go to the group, and saving needs the workers
+    until the running step is done."""
+    if os.name == "posix":
+        os.setpgid(0, 0)
 
 
 def normalise(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 (N, 3, H, W) anywhere -> float, normalised, on the device."""
-    images = images.to(device, non_blocking=True)
+    images = images.to(device, non_blocking=device.type == "cuda")  # from pinned memory
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
@@ -346,7 +348,7 @@ def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
-    fused = parameters[0].device.type in ("cuda", "cpu")
+    fused = parameters[0].device.type in ("cuda", "cpu") or None
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
 
 
@@ -426,7 +428,7 @@ def extract(model, images: Images, indices: torch.Tensor, args, device) -> dict[
     for batch, labels, _ in tqdm(loader, desc="features", leave=False, disable=RANK > 0):
         with autocast(device, args.precision):
             tokens = model.tokens(normalise(batch, device)).float()
-        parts["cls"].append(tokens[:, 0])
+        parts["cls"].append(tokens[:, 0].clone())  # a view would keep all the tokens
         parts["mean"].append(tokens[:, 1:].mean(1))
         parts["labels"].append(labels.to(device))
     model.train()
@@ -526,10 +528,10 @@ def make_model(args, device):
         teacher = ema_teacher(model)
     if teacher and args.anchor == "attention":
         fail("--anchor attention is the student's own; with a teacher use cls or gap")
-    if teacher and teacher.grid != args.img_size // args.patch_size:
-        fail(f"--teacher {args.teacher} has {teacher.grid} x {teacher.grid} patches, but --img_size {args.img_size} and "
-             f"--patch_size {args.patch_size} make {args.img_size // args.patch_size} x "
-             f"{args.img_size // args.patch_size}")
+    grid = args.img_size // args.patch_size
+    if teacher and teacher.grid != grid:
+        fail(f"--teacher {args.teacher} has {teacher.grid} x {teacher.grid} patches, but --img_size {args.img_size} "
+             f"and --patch_size {args.patch_size} make {grid} x {grid}")
     if args.compile:
         model.compile(fullgraph=True)
     return model, teacher
@@ -591,7 +593,8 @@ def train(args):
         check_resume(resume, args, checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # it is empty but for fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         if args.target == "ema":
             teacher.vit.load_state_dict(checkpoint["ema"])
         state = {name: checkpoint[name] for name in state}
@@ -600,6 +603,12 @@ def train(args):
             lines = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
             (out / "log.jsonl").write_text("".join(lines))
         say(f"{resume}: going on from step {state['step']} of {stop}")
+
+    if WORLD > 1:
+        steps = [None] * WORLD
+        dist.all_gather_object(steps, state["step"])
+        if len(set(steps)) > 1:
+            fail(f"--output_dir {out}: the processes find different checkpoints; it must be on a disk that all share")
 
     few = val or data
     few = [few.seen(eval_view, args.img_size)[0, i][0]
@@ -735,8 +744,8 @@ def timed(function, device) -> float:
     """Seconds that a call takes, device work included."""
     start = time.perf_counter()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
     return time.perf_counter() - start
 
 
@@ -773,7 +782,7 @@ def benchmark(args, device):
     state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())  # + gradient, two moments
     activations = (peak_memory(device) - imports - state) / args.batch_size / 1e9
     with FlopCounterMode(display=False) as counter:
-        backward(model, normalise(images[:1], device), scaler, args, teacher)
+        backward(model.forward, normalise(images[:1], device), scaler, args, teacher)  # past torch.compile
     flops = counter.get_total_flops() * args.batch_size
     peak = matmul_peak(device, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[args.precision])
     median = seconds[len(seconds) // 2]
@@ -878,9 +887,8 @@ def main(argv=None):
         fail(str(e).splitlines()[-1].split("Error: ")[-1])  # a worker puts its trace in front
     except KeyboardInterrupt:
         fail("interrupted outside of the training steps; the same command goes on from the last checkpoint")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if WORLD > 1:  # not after an error: the other processes may never come to it
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
