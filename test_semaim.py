@@ -744,7 +744,7 @@ def test_recipes():
     (["--target", "beit"], "argument --target: invalid choice: 'beit'"),
     (["--img_size", "33"], "--img_size 33 is not a multiple of patch_size 8"),
     (["--query_depth", "3"], "--query_depth 3 does not divide depth 4"),
-    (["--batch_size", "13"], r"--batch_size: a total batch of 13 is larger than the data set \(12 images\)"),
+    (["--batch_size", "13"], r"--batch_size 13 x --accum_iter 1 x 1 processes is larger than the data set \(12 "),
     (["--target", "dino"], "--target dino needs --teacher FILE"),
     (["--target", "clip", "--teacher", "nothing.pt"], "--teacher nothing.pt: no such file"),
     (["--target", "ema", "--anchor", "attention"], "--anchor attention is the student's own"),

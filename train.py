@@ -579,7 +579,8 @@ def train(args):
     data = load_data(args.data, "train", args.data_root)
     val = load_data(args.data, "val", args.data_root, data.classes)
     if len(data) < args.total_batch:
-        fail(f"--batch_size: a total batch of {args.total_batch} is larger than the data set ({len(data)} images)")
+        fail(f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {WORLD} processes is larger than the data "
+             f"set ({len(data)} images)")
     steps_per_epoch = len(data) // args.total_batch
     stop = steps_per_epoch * args.epochs
     out = Path(args.output_dir)
@@ -708,13 +709,12 @@ def train(args):
                 say(f"{e}; training goes on")
             saved = time.monotonic()
         if stop_now:
-            say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on from there")
             break
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if state["step"] < stop:
-        return
+        return say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on from there")
 
     top1 = evaluate("after")
     if state["unreadable"]:
