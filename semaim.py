@@ -470,7 +470,6 @@ class Teacher(nn.Module):
         own_std = torch.tensor((0.26862954, 0.26130258, 0.27577711)) if clip else std
         self.register_buffer("scale", (std / own_std).view(3, 1, 1), persistent=False)
         self.register_buffer("shift", ((mean - own_mean) / own_std).view(3, 1, 1), persistent=False)
-
         self.grid = vit.img_size // vit.patch_size
         self.width = vit.proj.out_features if clip else vit.cls_token.shape[-1]  # C
 
