@@ -579,8 +579,8 @@ def train(args):
     data = load_data(args.data, "train", args.data_root)
     val = load_data(args.data, "val", args.data_root, data.classes)
     if len(data) < args.total_batch:
-        fail(f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {WORLD} processes is larger than the data "
-             f"set ({len(data)} images)")
+        fail(f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {WORLD} processes is larger than the "
+             f"data set ({len(data)} images)")
     steps_per_epoch = len(data) // args.total_batch
     stop = steps_per_epoch * args.epochs
     out = Path(args.output_dir)
