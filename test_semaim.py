@@ -111,6 +111,15 @@ def test_golden_classifier():
     assert model(images).norm().item() == pytest.approx(11.123528480529785, rel=2e-5)
 
 
+def test_pooled_features():
+    images = torch.randn(2, 3, 32, 32)
+    vit = small_vit()
+    torch.testing.assert_close(vit(images), vit.tokens(images)[:, 0])
+    vit = small_vit(pool="mean", drop_path=0.5)
+    torch.testing.assert_close(vit(images), vit.fc_norm(vit.tokens(images)[:, 1:].mean(1)))  # eval: nothing is dropped
+    assert not torch.equal(vit.train()(images), vit(images))
+
+
 def test_golden_positions():
     positions = sincos_pos_embed(768, 14)
     assert positions.shape == (1, 197, 768) and not positions[:, 0].any()

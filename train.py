@@ -714,7 +714,7 @@ def train(args):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if state["step"] < stop:
-        return say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on from there")
+        return say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on")
 
     top1 = evaluate("after")
     if state["unreadable"]:
