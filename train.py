@@ -244,7 +244,7 @@ def load_data(data: str, split: str, data_root: str = "data", classes=None):
         seeds = range(20) if split == "train" else range(20, 24)
         images, labels = (torch.cat(part) for part in zip(*(draw_shapes(500, seed) for seed in seeds)))
         return Images(images, labels, [str(i) for i in range(10)])
-    if data in ("cifar10", "fashion_mnist"):
+    if data in BUILT_IN:
         kind = torchvision.datasets.CIFAR10 if data == "cifar10" else torchvision.datasets.FashionMNIST
         try:
             with contextlib.redirect_stdout(sys.stderr):
@@ -832,7 +832,7 @@ def parse_args(argv=None):
     parser = Parser(description="Pre-train SemAIM.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults printed as None")
-    add("--data", default="shapes", help="shapes, cifar10, fashion_mnist, or a folder of images")
+    add("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder of images")
     add("--data_root", default="data", help="where cifar10 and fashion_mnist lie or are downloaded to")
     add("--output_dir", help="default: output/ARCH-DATA-TARGET")
     add("--resume", help="checkpoint to go on from if there is no OUTPUT_DIR/last.pt yet")
