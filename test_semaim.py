@@ -723,7 +723,7 @@ def test_precisions_train(tmp_path, precision):
 
 def test_optimizer_groups_and_clipping(tmp_path):
     model = tiny()
-    optimizer = train.make_optimizer(model, 1e-3, 0.05)
+    optimizer = train.make_optimizer(model, 0.05)
     decayed, free = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     for name, p in model.named_parameters():
         assert (id(p) in decayed) == (p.ndim > 1 and name != "pos_embed"), name

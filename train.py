@@ -12,6 +12,7 @@ is for, so that neither the number of workers nor the place of the cut changes t
 """
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -36,9 +37,10 @@ from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, Output, SemAIM, ema_teacher
                     load_teacher, load_weights, patch_order, pixel_target, similarity_map, unpatchify)
 
 # The release's recipe. batch_size is what one process holds at most at a time; accum_iter makes up total_batch.
-PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30, blr=2e-4)
+PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30, blr=2e-4, min_lr=0.0,
+             weight_decay=0.05, clip_grad=3.0)
 RECIPES = {
-    "vit_nano": dict(img_size=32, batch_size=128, total_batch=128, epochs=8, warmup_epochs=1, blr=4e-3),
+    "vit_nano": PAPER | dict(img_size=32, batch_size=128, total_batch=128, epochs=8, warmup_epochs=1, blr=4e-3),
     "vit_large": PAPER | dict(batch_size=128),
     "vit_huge": PAPER | dict(batch_size=64),
 }
@@ -167,10 +169,10 @@ def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
     return v2.functional.resize(image, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def random_view(image, size: int) -> torch.Tensor:
-    """Pre-training augmentation, RandomResizedCrop(0.2-1) and flip: Pillow image or uint8 (3, H, W) -> uint8
+def random_view(image, size: int, smallest: float = 0.2) -> torch.Tensor:
+    """Pre-training augmentation, RandomResizedCrop(smallest-1) and flip: Pillow image or uint8 (3, H, W) -> uint8
     (3, size, size). The crop is taken before a tensor is made, which halves the work after decoding."""
-    top, left, height, width = v1.RandomResizedCrop.get_params(image, (0.2, 1), (3 / 4, 4 / 3))
+    top, left, height, width = v1.RandomResizedCrop.get_params(image, (smallest, 1), (3 / 4, 4 / 3))
     if isinstance(image, Image.Image):
         image = v2.functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
     else:
@@ -210,6 +212,11 @@ class Images(Dataset):
     def seen(self, view, size: int, seed: int = 0) -> "Images":
         """The same images through random_view or eval_view."""
         return Images(self.images, self.labels, self.classes, view, size, seed)
+
+    def subset(self, indices: torch.Tensor) -> "Images":
+        """Some of the images: indices (n,)."""
+        images = self.images[indices] if torch.is_tensor(self.images) else [self.images[i] for i in indices.tolist()]
+        return Images(images, None if self.labels is None else self.labels[indices], self.classes)
 
     def __getitem__(self, key):
         epoch, index = key
@@ -343,13 +350,13 @@ def ema_decay(epoch: float) -> float:
     return 0.999 + 0.0009 * min(epoch / 100, 1)
 
 
-def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
     """AdamW in two groups: no weight decay for biases and other 1-D parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
     fused = parameters[0].device.type in ("cuda", "cpu") or None
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
 
 
 # ---------------------------------------------------------------- checkpoints ----
@@ -385,7 +392,8 @@ def load_checkpoint(path) -> dict:
 def read_weights(path) -> dict:
     """semaim.load_weights for the file of --checkpoint."""
     try:
-        return load_weights(path)
+        with contextlib.redirect_stdout(sys.stderr if RANK == 0 else io.StringIO()):
+            return load_weights(path)
     except ValueError as e:
         fail(f"--checkpoint {e}")
 
@@ -403,14 +411,16 @@ def start_from(path, model):
         + (f"; not used: {', '.join(unused[:3])}, ..." if unused else ""))
 
 
-def check_resume(path, args, config: dict):
-    """A run goes on only as the run it was."""
-    same = ("arch", "img_size", "patch_size", "query_depth", "head", "target", "teacher", "order", "anchor", "loss",
-            "weight_decay", "data", "seed", "total_batch")
+SAME = ("arch", "img_size", "patch_size", "query_depth", "head", "target", "teacher", "order", "anchor", "loss",
+        "weight_decay", "data", "seed", "total_batch")
+
+
+def check_resume(path, args, config: dict, same=SAME):
+    """A run goes on only as the run it was: the flags `same` are what they were."""
     for flag in same:
-        if config[flag] != getattr(args, flag):
+        if config.get(flag) != getattr(args, flag):
             name = "batch_size, --accum_iter and processes: a total batch of" if flag == "total_batch" else flag
-            fail(f"--{name} {getattr(args, flag)}, but {path} was made with {config[flag]}; "
+            fail(f"--{name} {getattr(args, flag)}, but {path} was made with {config.get(flag)}; "
                  "give the same, or another --output_dir")
 
 
@@ -418,26 +428,27 @@ def check_resume(path, args, config: dict):
 
 
 @torch.no_grad()
-def extract(model, images: Images, indices: torch.Tensor, args, device) -> dict[str, torch.Tensor]:
-    """Features of images[indices] in evaluation view: cls (n, D), mean (n, D) over the patches, labels (n,)."""
-    model.eval()
-    mine = [(0, i) for i in indices[RANK::WORLD].tolist()]
-    loader = make_loader(images.seen(eval_view, model.img_size), args.workers, device, sampler=mine,
-                         batch_size=args.batch_size)
-    parts = dict(cls=[], mean=[], labels=[])
-    for batch, labels, _ in tqdm(loader, desc="features", leave=False, disable=RANK > 0):
+def infer(function, images: Images, size: int, args, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """function: normalised images (n, 3, size, size) -> (n, ...). Returns its values for all images in evaluation view,
+    and their labels (n,). The processes share the work, each image is counted once, unreadable ones are left out."""
+    if len(images) < WORLD:
+        fail(f"--data {args.data}: {len(images)} images are fewer than {WORLD} processes")
+    mine = [(0, i) for i in range(RANK, len(images), WORLD)]
+    loader = make_loader(images.seen(eval_view, size), args.workers, device, sampler=mine, batch_size=args.batch_size)
+    values, labels = [], []
+    for batch, label, bad in tqdm(loader, desc="evaluating", leave=False, disable=RANK > 0):
         with autocast(device, args.precision):
-            tokens = model.tokens(normalise(batch, device)).float()
-        parts["cls"].append(tokens[:, 0].clone())  # a view would keep all the tokens
-        parts["mean"].append(tokens[:, 1:].mean(1))
-        parts["labels"].append(labels.to(device))
-    model.train()
-    return {name: gather(torch.cat(values), len(indices)) for name, values in parts.items()}
+            values.append(function(normalise(batch, device)))
+        labels.append(torch.where(bad < 0, label, -1).to(device))
+    values, labels = gather(torch.cat(values), len(images)), gather(torch.cat(labels), len(images))
+    if (labels < 0).any():
+        say(f"{(labels < 0).sum()} of {len(images)} files are not readable as images, and not counted")
+    return values[labels >= 0], labels[labels >= 0]
 
 
-def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 1024):
+def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 256):
     """Queries (n, D), bank (m, D), labels (m,) -> votes (n, classes): each of the k most similar by cosine votes
-    exp(similarity / temperature). chunk: queries compared at once."""
+    exp(similarity / temperature). chunk: queries compared at once (ImageNet's bank: 1.3 GB of similarities)."""
     bank = F.normalize(bank, dim=1)
     votes = []
     for query in F.normalize(queries, dim=1).split(chunk):
@@ -447,14 +458,25 @@ def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: flo
     return torch.cat(votes)
 
 
+def pool_tokens(tokens: torch.Tensor, pool: str) -> torch.Tensor:
+    """Tokens (N, 1+L, D) -> features (N, D): "cls", or "mean" of the patches."""
+    return (tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)).float()
+
+
 def knn_accuracy(model, train: Images, val: Images, args, device) -> dict[str, float]:
     """k-NN top-1 in % of at most --knn_images evenly chosen images of val against as many of train, for CLS and for
     the mean of the patches."""
-    bank, queries = (extract(model, data, torch.linspace(0, len(data) - 1, min(len(data), args.knn_images)).long(),
-                             args, device) for data in (train, val))
-    k = min(20, len(bank["labels"]))
-    return {name: 100 * (knn_votes(queries[name], bank[name], bank["labels"], len(train.classes), k).argmax(1)
-                         == queries["labels"]).float().mean().item() for name in ("cls", "mean")}
+    def features(images):
+        tokens = model.tokens(images)
+        return torch.stack([pool_tokens(tokens, "cls"), pool_tokens(tokens, "mean")], dim=1)
+
+    model.eval()
+    (bank, labels), (queries, truth) = (
+        infer(features, data.subset(torch.linspace(0, len(data) - 1, min(len(data), args.knn_images)).long()),
+              args.img_size, args, device) for data in (train, val))
+    model.train()
+    return {pool: 100 * (knn_votes(queries[:, i], bank[:, i], labels, len(train.classes), min(20, len(labels)))
+                         .argmax(1) == truth).float().mean().item() for i, pool in enumerate(("cls", "mean"))}
 
 
 # ---------------------------------------------------------------- samples.png ----
@@ -547,10 +569,10 @@ def forward(call, images: torch.Tensor, teacher, options) -> Output:
     return call(images, patch_order(options.order, similarity), tokens[:, 1:])._replace(similarity=similarity)
 
 
-def backward(model, images: torch.Tensor, scaler, args, teacher=None) -> torch.Tensor:
-    """Forward and backward of one micro-batch; returns its loss. Gradients add up over accum_iter calls."""
-    with autocast(images.device, args.precision):
-        loss = forward(model, images, teacher, args).loss
+def backward(loss_of, scaler, args, device) -> torch.Tensor:
+    """Forward and backward of one micro-batch, loss_of() -> loss; returns it. Gradients add up over accum_iter calls."""
+    with autocast(device, args.precision):
+        loss = loss_of()
     scaler.scale(loss / args.accum_iter).backward()
     return loss.detach()
 
@@ -559,6 +581,154 @@ def clip_gradients(model, optimizer, scaler, args) -> torch.Tensor:
     """Undoes the loss scale, clips; returns the gradient norm before clipping."""
     scaler.unscale_(optimizer)
     return torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+
+
+class Run:
+    """A run of training and its files in --output_dir: last.pt, from which it goes on if it is there, and log.jsonl.
+
+    same: flags that must be what they were; ema: a module that follows the model, or None; state: what else to keep."""
+
+    def __init__(self, args, device, model, optimizer, same=SAME, ema=None, **state):
+        self.args, self.device, self.model, self.optimizer, self.ema = args, device, model, optimizer, ema
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        self.state = dict(step=0, epoch=0.0, seconds=0.0, unreadable=[]) | state
+        self.out = Path(args.output_dir)
+        self.last = self.out / "last.pt"
+        if RANK == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+        resume = self.last if self.last.exists() else args.resume
+        if resume:
+            self.go_on_from(resume, same)
+        if WORLD > 1:
+            steps = [None] * WORLD
+            dist.all_gather_object(steps, self.state["step"])
+            if len(set(steps)) > 1:
+                fail(f"--output_dir {self.out}: the processes find different checkpoints; it must be on a disk that "
+                     "all share")
+
+    def go_on_from(self, path, same):
+        """Everything as it was when the checkpoint was written."""
+        checkpoint = load_checkpoint(path)
+        check_resume(path, self.args, checkpoint["config"], same)
+        self.model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # it is empty but for fp16
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(checkpoint["ema"])
+        self.state = {name: checkpoint[name] for name in self.state}
+        log = self.out / "log.jsonl"
+        if RANK == 0 and log.exists():  # what came after the checkpoint will come again
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+            log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.state["step"]))
+        say(f"{path}: going on after step {self.state['step']}")
+
+    def save(self, name: str = "last.pt"):
+        """Writes everything that is needed to go on."""
+        if RANK == 0:
+            save_checkpoint(self.out / name, dict(
+                model=self.model.state_dict(), config=vars(self.args), optimizer=self.optimizer.state_dict(),
+                scaler=self.scaler.state_dict(), ema=self.ema.state_dict() if self.ema else {}, **self.state))
+
+    def log(self, **line):
+        """A line for log.jsonl."""
+        if RANK == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(dict(step=self.state["step"], epoch=self.state["epoch"]) | line) + "\n")
+
+
+def count_steps(args, n: int) -> int:
+    """Steps of an epoch of n images."""
+    if n < args.total_batch:
+        fail(f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {WORLD} processes is larger than the "
+             f"data set ({n} images)")
+    return n // args.total_batch
+
+
+def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=None) -> bool:
+    """Trains from the step where the run is to step `stop`, saving now and then. Returns whether it came there; if not,
+    a signal came, and all is saved.
+
+    loss_of(call, images, labels) -> loss of a micro-batch, call: the model, or what DDP makes of it. A group of the
+    optimiser may have a "scale" for its learning rate. on_save(), after_step(step): what remains to be done then."""
+    args, device, model, optimizer, scaler, state = (
+        run.args, run.device, run.model, run.optimizer, run.scaler, run.state)
+    steps_per_epoch = count_steps(args, len(views))
+    lr = args.blr * args.total_batch / 256
+    stopping = []  # signals that came: the running step is finished, then all is saved
+
+    def on_signal(number, _):
+        stopping.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
+    batches = iter(make_loader(views, args.workers, device, batch_sampler=Batches(
+        len(views), args.total_batch, args.accum_iter, args.seed, state["step"], stop)))
+    bar = tqdm(total=stop, initial=state["step"], unit="step", disable=RANK > 0, smoothing=0.05)
+    saved = logged = time.monotonic()
+    logged_step = state["step"]
+    while state["step"] < stop:
+        step = state["step"]
+        lr_now = learning_rate(step / steps_per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_now * group.get("scale", 1.0)
+
+        loss = 0.0
+        for micro in range(args.accum_iter):
+            images, labels, bad = next(batches)
+            for index in set(bad[bad >= 0].tolist()) - set(state["unreadable"]):
+                state["unreadable"].append(index)
+                tqdm.write(f"not readable as an image, left out: {views.images[index]}", file=sys.stderr)
+            torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties, stochastic orders, mixing
+            images, labels = normalise(images, device), labels.to(device)
+            sync = micro == args.accum_iter - 1 or WORLD == 1
+            with contextlib.nullcontext() if sync else wrapped.no_sync():
+                loss += backward(lambda: loss_of(wrapped, images, labels), scaler, args, device) / args.accum_iter
+        grad_norm = clip_gradients(model, optimizer, scaler, args)
+
+        # One look at the device a step: is all well, and does anybody want to stop?
+        seen = torch.stack([loss, grad_norm, loss.new_tensor(float(bool(stopping)))])
+        if WORLD > 1:
+            dist.all_reduce(seen)
+            seen /= WORLD
+        loss, grad_norm, stop_now = seen.tolist()
+        if not math.isfinite(loss) or (not scaler.is_enabled() and not math.isfinite(grad_norm)):
+            fail(f"the loss is {loss} (gradient norm {grad_norm}) at step {step}; the last good checkpoint is kept in "
+                 f"{args.output_dir}. Try a lower --blr, or --precision fp32")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        state["step"] += 1
+        state["epoch"] = state["step"] / steps_per_epoch
+        bar.update()
+        if after_step:
+            after_step(step)
+
+        now = time.monotonic()
+        if state["step"] % 10 == 0 or state["step"] == stop:
+            speed = (state["step"] - logged_step) * args.total_batch / (now - logged)
+            state["seconds"] += now - logged
+            logged, logged_step = now, state["step"]
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_now:.1e}", img_s=f"{speed:.0f}")
+            run.log(loss=loss, lr=lr_now, grad_norm=grad_norm, images_per_s=speed)
+        ending = stop_now or state["step"] == stop
+        if ending or now - saved > 60 * args.save_every_minutes:
+            try:
+                run.save()
+                if on_save:
+                    on_save()
+            except (SystemExit, OSError) as e:  # a full disk may have room again next time
+                if ending:
+                    raise
+                say(f"{e}; training goes on")
+            saved = time.monotonic()
+        if stop_now:
+            break
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return state["step"] == stop
 
 
 def train(args):
@@ -572,158 +742,47 @@ def train(args):
         return benchmark(args, device)
     torch.manual_seed(args.seed)
     model, teacher = make_model(args, device)
-    lr = args.blr * args.total_batch / 256
-    optimizer = make_optimizer(model, lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-
     data = load_data(args.data, "train", args.data_root)
     val = load_data(args.data, "val", args.data_root, data.classes)
-    if len(data) < args.total_batch:
-        fail(f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {WORLD} processes is larger than the "
-             f"data set ({len(data)} images)")
-    steps_per_epoch = len(data) // args.total_batch
+    steps_per_epoch = count_steps(args, len(data))
     stop = steps_per_epoch * args.epochs
-    out = Path(args.output_dir)
-    if RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
-    last = out / "last.pt"
-    state = dict(step=0, seconds=0.0, unreadable=[], knn_before=None)
-    resume = last if last.exists() else args.resume
-    if resume:
-        checkpoint = load_checkpoint(resume)
-        check_resume(resume, args, checkpoint["config"])
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # it is empty but for fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        if args.target == "ema":
-            teacher.vit.load_state_dict(checkpoint["ema"])
-        state = {name: checkpoint[name] for name in state}
-        if RANK == 0 and (out / "log.jsonl").exists():  # what came after the checkpoint will come again
-            lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-            lines = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
-            (out / "log.jsonl").write_text("".join(lines))
-        say(f"{resume}: going on from step {state['step']} of {stop}")
-
-    if WORLD > 1:
-        steps = [None] * WORLD
-        dist.all_gather_object(steps, state["step"])
-        if len(set(steps)) > 1:
-            fail(f"--output_dir {out}: the processes find different checkpoints; it must be on a disk that all share")
+    run = Run(args, device, model, make_optimizer(model, args.weight_decay), knn_before=None,
+              ema=teacher.vit if args.target == "ema" else None)
 
     few = val or data
     few = [few.seen(eval_view, args.img_size)[0, i][0]
            for i in torch.linspace(0, len(few) - 1, min(8, len(few))).long().tolist()]
 
-    def save():
+    def draw():
         if RANK == 0:
-            ema = teacher.vit.state_dict() if args.target == "ema" else {}
-            save_checkpoint(last, dict(model=model.state_dict(), config=vars(args), optimizer=optimizer.state_dict(),
-                                       scaler=scaler.state_dict(), ema=ema, epoch=state["step"] / steps_per_epoch,
-                                       **state))
-            save_samples(out / "samples.png", model, normalise(torch.stack(few), device), teacher)
-
-    def log(**line):
-        if RANK == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            save_samples(run.out / "samples.png", model, normalise(torch.stack(few), device), teacher)
 
     def evaluate(when: str):
         if not args.knn_images or val is None or data.labels is None or val.labels is None:
             return None
         top1 = knn_accuracy(model, data, val, args, device)
         say(f"k-NN top-1 {when} training: {top1['cls']:.1f} % on CLS, {top1['mean']:.1f} % on the mean of the patches")
-        log(step=state["step"], epoch=state["step"] / steps_per_epoch, knn_cls=top1["cls"], knn_mean=top1["mean"])
+        run.log(knn_cls=top1["cls"], knn_mean=top1["mean"])
         return top1
 
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.data}: {len(data):,} images, {stop:,} steps of "
-        f"{args.total_batch} on {WORLD} x {device.type} in {args.precision}, results in {out}")
-    if state["step"] == 0:
-        state["knn_before"] = evaluate("before")
+        f"{args.total_batch} on {WORLD} x {device.type} in {args.precision}, results in {run.out}")
+    if run.state["step"] == 0:
+        run.state["knn_before"] = evaluate("before")
 
-    stopping = []  # signals that came: the running step is finished, then all is saved
+    teach = (lambda step: ema_update(teacher, model, ema_decay(step / steps_per_epoch))) if run.ema else None
+    if not fit(run, lambda call, images, _: forward(call, images, teacher, args).loss,
+               data.seen(random_view, args.img_size, args.seed), stop, draw, teach):
+        return say(f"stopped after step {run.state['step']} of {stop}, saved in {run.last}; the same command goes on")
 
-    def on_signal(number, _):
-        stopping.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    views = data.seen(random_view, args.img_size, args.seed)
-    batches = iter(make_loader(views, args.workers, device, batch_sampler=Batches(
-        len(data), args.total_batch, args.accum_iter, args.seed, state["step"], stop)))
-    bar = tqdm(total=stop, initial=state["step"], unit="step", disable=RANK > 0, smoothing=0.05)
-    saved = logged = time.monotonic()
-    logged_step = state["step"]
-    while state["step"] < stop:
-        step = state["step"]
-        lr_now = learning_rate(step / steps_per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_now
-
-        loss = 0.0
-        for micro in range(args.accum_iter):
-            images, _, bad = next(batches)
-            for index in set(bad[bad >= 0].tolist()) - set(state["unreadable"]):
-                state["unreadable"].append(index)
-                tqdm.write(f"not readable as an image, left out: {data.images[index]}", file=sys.stderr)
-            torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties and stochastic orders
-            sync = micro == args.accum_iter - 1 or WORLD == 1
-            with contextlib.nullcontext() if sync else wrapped.no_sync():
-                loss += backward(wrapped, normalise(images, device), scaler, args, teacher) / args.accum_iter
-        grad_norm = clip_gradients(model, optimizer, scaler, args)
-
-        # One look at the device a step: is all well, and does anybody want to stop?
-        seen = torch.stack([loss, grad_norm, loss.new_tensor(float(bool(stopping)))])
-        if WORLD > 1:
-            dist.all_reduce(seen)
-            seen /= WORLD
-        loss, grad_norm, stop_now = seen.tolist()
-        if not math.isfinite(loss) or (not scaler.is_enabled() and not math.isfinite(grad_norm)):
-            fail(f"the loss is {loss} (gradient norm {grad_norm}) at step {step}; the last good checkpoint is kept in "
-                 f"{out}. Try a lower --blr, or --precision fp32")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if args.target == "ema":
-            ema_update(teacher, model, ema_decay(step / steps_per_epoch))
-        state["step"] += 1
-        bar.update()
-
-        now = time.monotonic()
-        if state["step"] % 10 == 0 or state["step"] == stop:
-            speed = (state["step"] - logged_step) * args.total_batch / (now - logged)
-            state["seconds"] += now - logged
-            logged, logged_step = now, state["step"]
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_now:.1e}", img_s=f"{speed:.0f}")
-            log(step=state["step"], epoch=state["step"] / steps_per_epoch, loss=loss, lr=lr_now, grad_norm=grad_norm,
-                images_per_s=speed)
-        ending = stop_now or state["step"] == stop
-        if ending or now - saved > 60 * args.save_every_minutes:
-            try:
-                save()
-            except (SystemExit, OSError) as e:  # a full disk may have room again next time
-                if ending:
-                    raise
-                say(f"{e}; training goes on")
-            saved = time.monotonic()
-        if stop_now:
-            break
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if state["step"] < stop:
-        return say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on")
-
-    top1 = evaluate("after")
-    if state["unreadable"]:
-        say(f"{len(state['unreadable'])} of {len(data)} files were not readable as images and left out")
+    before, after = run.state["knn_before"], evaluate("after")
+    if run.state["unreadable"]:
+        say(f"{len(run.state['unreadable'])} of {len(data)} files were not readable as images and left out")
     gain = ""
-    if top1 and state["knn_before"]:
-        gain = ", k-NN top-1 " + ", ".join(f"{name} {state['knn_before'][name]:.1f} -> {top1[name]:.1f} %"
-                                           for name in top1)
-    say(f"done: {stop} steps in {state['seconds'] / 60:.1f} min{gain}; see {out / 'samples.png'} and log.jsonl")
+    if before and after:
+        gain = ", k-NN top-1 " + ", ".join(f"{pool} {before[pool]:.1f} -> {after[pool]:.1f} %" for pool in after)
+    say(f"done: {stop} steps in {run.state['seconds'] / 60:.1f} min{gain}; see {run.out / 'samples.png'} and log.jsonl")
 
 
 # ---------------------------------------------------------------- benchmark ----
@@ -765,13 +824,14 @@ def benchmark(args, device):
     # Steps: order, forward, backward, clipping, optimiser.
     imports = peak_memory(device)
     model, teacher = make_model(args, device)
-    optimizer = make_optimizer(model, 1e-4, args.weight_decay)
+    optimizer = make_optimizer(model, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8)
     args.accum_iter = 1
 
     def step():
-        backward(model, normalise(images, device), scaler, args, teacher)
+        batch = normalise(images, device)
+        backward(lambda: forward(model, batch, teacher, args).loss, scaler, args, device)
         clip_gradients(model, optimizer, scaler, args)
         scaler.step(optimizer)
         scaler.update()
@@ -782,7 +842,8 @@ def benchmark(args, device):
     state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())  # + gradient, two moments
     activations = (peak_memory(device) - imports - state) / args.batch_size / 1e9
     with FlopCounterMode(display=False) as counter:
-        backward(model.forward, normalise(images[:1], device), scaler, args, teacher)  # past torch.compile
+        one = normalise(images[:1], device)
+        backward(lambda: forward(model.forward, one, teacher, args).loss, scaler, args, device)  # past torch.compile
     flops = counter.get_total_flops() * args.batch_size
     peak = matmul_peak(device, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[args.precision])
     median = seconds[len(seconds) // 2]
@@ -823,40 +884,62 @@ def loader_rate(data, keys) -> float:
     return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
 
 
+class Parser(argparse.ArgumentParser):
+    """The flags that train.py and eval.py share; what is wrong with them is said in one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add = self.add_argument
+        add("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder of images")
+        add("--data_root", default="data", help="where cifar10 and fashion_mnist lie or are downloaded to")
+        add("--resume", help="checkpoint to go on from if there is no OUTPUT_DIR/last.pt yet")
+        for name in ("img_size", "patch_size"):
+            add(f"--{name}", type=int)
+        add("--batch_size", type=int, help="of one process at a time")
+        add("--accum_iter", type=int, help="micro-batches a step; default: what makes up the recipe's total batch")
+        add("--epochs", type=int)
+        add("--warmup_epochs", type=float)
+        add("--blr", type=float, help="base learning rate; lr = blr * total batch / 256")
+        add("--min_lr", type=float)
+        add("--weight_decay", type=float)
+        add("--clip_grad", type=float, help="0: do not clip")
+        add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16, but fp32 for vit_nano on a CPU")
+        add("--compile", action="store_true", help="torch.compile")
+        add("--workers", type=int, help="loader processes; default: as many as cores, at most 16 for each process")
+        add("--seed", type=int, default=0)
+        add("--save_every_minutes", type=float, default=10)
+
+    def error(self, message):
+        fail(message)
+
+
+def fill_in(args, recipe: dict):
+    """Sets what was not given by hand: the recipe's values, and the micro-batches that make up its total batch."""
+    recipe["batch_size"] = max(1, min(recipe["batch_size"], recipe["total_batch"] // WORLD))
+    for name in recipe:
+        if getattr(args, name, 0) is None:
+            setattr(args, name, recipe[name])
+    if args.accum_iter is None:
+        args.accum_iter = max(1, recipe["total_batch"] // (args.batch_size * WORLD))
+    args.total_batch = args.batch_size * args.accum_iter * WORLD
+    if args.workers is None:  # what lies in memory is too quick to be worth a process, unless a GPU waits for it
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = 0 if args.data in BUILT_IN and not torch.cuda.is_available() else min(16, cores)
+
+
 def parse_args(argv=None):
     """Command line -> arguments, the recipe of --arch filled in where nothing was given by hand."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            fail(message)
-
-    parser = Parser(description="Pre-train SemAIM.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("Pre-train SemAIM.")
     add = parser.add_argument
     add("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults printed as None")
-    add("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder of images")
-    add("--data_root", default="data", help="where cifar10 and fashion_mnist lie or are downloaded to")
     add("--output_dir", help="default: output/ARCH-DATA-TARGET")
-    add("--resume", help="checkpoint to go on from if there is no OUTPUT_DIR/last.pt yet")
     add("--target", default="pixel", choices=TARGETS)
     add("--teacher", help="weights of the teacher: any file that semaim.load_weights knows")
     add("--order", default="semantic", choices=ORDERS)
     add("--anchor", default="cls", choices=ANCHORS)
     add("--loss", default="l2", choices=("l2", "l1"))
     add("--head", default="mlp", choices=("mlp", "linear"))
-    for name in ("img_size", "patch_size", "query_depth"):
-        add(f"--{name}", type=int)
-    add("--batch_size", type=int, help="of one process at a time")
-    add("--accum_iter", type=int, help="micro-batches a step; default: what makes up the recipe's total batch")
-    add("--epochs", type=int)
-    add("--warmup_epochs", type=float)
-    add("--blr", type=float, help="base learning rate; lr = blr * total batch / 256")
-    add("--min_lr", type=float, default=0.0)
-    add("--weight_decay", type=float, default=0.05)
-    add("--clip_grad", type=float, default=3.0, help="0: do not clip")
-    add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16, but fp32 for vit_nano on a CPU")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--workers", type=int, help="loader processes; default: as many as cores, at most 16 for each process")
-    add("--seed", type=int, default=0)
-    add("--save_every_minutes", type=float, default=10)
+    add("--query_depth", type=int)
     add("--knn_images", type=int, default=60_000, help="at most so many of train and of val; 0: no k-NN")
     add("--checkpoint", help="weights to start from: any file that semaim.load_weights knows")
     add("--export", help="write the encoder of --checkpoint to this file, in timm's names, and stop")
@@ -865,24 +948,15 @@ def parse_args(argv=None):
     recipe = ARCHS[args.arch] | RECIPES.get(args.arch, PAPER)
     if args.benchmark and not torch.cuda.is_available():
         recipe["batch_size"] = 16  # as much as a CPU does in bearable time
-    recipe["batch_size"] = max(1, min(recipe["batch_size"], recipe["total_batch"] // WORLD))
-    for name in ("img_size", "patch_size", "query_depth", "batch_size", "epochs", "warmup_epochs", "blr"):
-        if getattr(args, name) is None:
-            setattr(args, name, recipe[name])
-    if args.accum_iter is None:
-        args.accum_iter = max(1, recipe["total_batch"] // (args.batch_size * WORLD))
-    args.total_batch = args.batch_size * args.accum_iter * WORLD
-    if args.workers is None:  # what lies in memory is too quick to be worth a process, unless a GPU waits for it
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = 0 if args.data in BUILT_IN and not torch.cuda.is_available() else min(16, cores)
+    fill_in(args, recipe)
     args.output_dir = args.output_dir or f"output/{args.arch}-{Path(args.data).name}-{args.target}"
     return args
 
 
-def main(argv=None):
-    """The command line: what a user can cause ends in one line."""
+def main(argv=None, parse=parse_args, work=train):
+    """A command line: what a user can cause ends in one line."""
     try:
-        train(parse_args(argv))
+        work(parse(argv))
     except UnreadableError as e:
         fail(str(e).splitlines()[-1].split("Error: ")[-1])  # a worker puts its trace in front
     except KeyboardInterrupt:
