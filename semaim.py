@@ -487,7 +487,7 @@ class Teacher(nn.Module):
 def ema_teacher(model: ViT) -> Teacher:
     """A teacher that starts as the model's encoder and follows it: ema_update."""
     weights = encoder_weights(model.state_dict())
-    vit = _make_vit(weights, clip=False, heads=model.blocks[0].attn.heads)
+    vit = vit_like(weights, heads=model.blocks[0].attn.heads)
     vit.load_state_dict(weights)
     return Teacher(vit).to(model.pos_embed.device)
 
@@ -504,7 +504,7 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
 
 ENCODER = re.compile(r"(cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm(_pre)?\.(weight|bias)|proj\.weight|"
                      r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias))")
-OTHERS = re.compile(r"(query_blocks|prediction_head)\.|(fc_norm|head)\.(weight|bias)$")
+OTHERS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
 CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
     (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^conv1\.", "patch_embed.proj."),
     (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"),
@@ -565,7 +565,7 @@ def load_weights(path, key: Optional[str] = None) -> dict[str, Tensor]:
         if not w.isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite")
     with torch.device("meta"):  # names and shapes alone
-        expected = _make_vit(taken, kind == "CLIP").state_dict()
+        expected = vit_like(taken).state_dict()
     missing = [name for name in expected if name not in taken and not name.startswith("norm.")]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights: {', '.join(missing[:3])}")
@@ -584,15 +584,26 @@ def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: w for name, w in weights.items() if ENCODER.fullmatch(name)}
 
 
-def _make_vit(weights: dict[str, Tensor], clip: bool, heads: Optional[int] = None) -> ViT:
-    """An untrained ViT of the size of the weights. They do not tell its heads: those of ARCHS, else 64 wide."""
+def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
+    """Position embeddings (1, 1 + g*g, D) of a square grid -> (1, 1 + grid*grid, D): bicubic, CLS as it is."""
+    old = math.isqrt(pos_embed.shape[1] - 1)
+    if old == grid:
+        return pos_embed
+    patches = rearrange(pos_embed[:, 1:], "n (h w) d -> n d h w", h=old)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic")
+    return torch.cat([pos_embed[:, :1], rearrange(patches, "n d h w -> n (h w) d")], dim=1)
+
+
+def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: Optional[int] = None, **options) -> ViT:
+    """State dict from load_weights -> an untrained ViT (or CLIPTower) of its width, depth, patch size and, if none is
+    given, image size. Weights do not tell their heads: those of ARCHS, else 64 wide. options: see ViT."""
     dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
+    img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     heads = heads or next((arch["heads"] for arch in ARCHS.values() if arch["dim"] == dim), dim // 64)
-    if clip:
+    if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, weights["proj.weight"].shape[0])
-    return ViT(img_size, patch_size, dim, depth, heads)
+    return ViT(img_size, patch_size, dim, depth, heads, **options)
 
 
 def load_teacher(kind: str, path) -> Teacher:
@@ -604,6 +615,6 @@ def load_teacher(kind: str, path) -> Teacher:
         raise ValueError(f"{path} is {'no' if kind == 'clip' else 'a'} CLIP tower, but the target is {kind!r}")
     if "norm.weight" not in weights:
         raise ValueError(f"{path} lacks norm.weight, the final norm of a teacher")
-    vit = _make_vit(weights, kind == "clip")
+    vit = vit_like(weights)
     vit.load_state_dict(weights)
     return Teacher(vit, kind == "clip")

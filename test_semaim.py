@@ -6,6 +6,7 @@ makes, so that no file has to travel; everything else is checked against its def
 import json
 import math
 import os
+import subprocess
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
+import eval as evaluation
 import semaim
 import train
 from semaim import (ORDERS, SemAIM, ViT, autoregressive_masks, feature_loss, patch_order, patchify, pixel_loss,
@@ -613,14 +615,15 @@ def test_normalise():
 
 
 def test_knn_equals_brute_force():
-    bank, labels, queries = torch.randn(50, 8), torch.randint(4, (50,)), torch.randn(9, 8)
+    bank, queries = torch.randn(50, 8, dtype=torch.float64), torch.randn(9, 8, dtype=torch.float64)
+    labels = torch.randint(4, (50,))
     votes = train.knn_votes(queries, bank, labels, classes=4, k=7)
     for i, query in enumerate(queries):
         similarity = torch.tensor([F.cosine_similarity(query, b, dim=0) for b in bank])
-        expected = torch.zeros(4)
+        expected = torch.zeros(4, dtype=torch.float64)
         for j in similarity.argsort(descending=True)[:7]:
             expected[labels[j]] += torch.exp(similarity[j] / 0.07)
-        torch.testing.assert_close(votes[i], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(votes[i], expected)
     torch.testing.assert_close(train.knn_votes(queries, bank, labels, 4, 7, chunk=2), votes)
 
 
@@ -742,6 +745,287 @@ def test_recipes():
     assert args.total_batch == 2048 and args.blr == 2e-4 and args.clip_grad == 3.0 and args.weight_decay == 0.05
     assert train.parse_args(["--arch", "vit_large", "--batch_size", "64"]).total_batch == 2048
     assert train.parse_args(["--arch", "vit_base", "--epochs", "5"]).epochs == 5  # a flag given by hand wins
+
+
+# ---------------------------------------------------------------- evaluation ----
+
+
+def score(tmp_path, capsys, *flags, out="eval"):
+    """One run of eval.py on the 12 + 12 images; returns the JSON object that it prints last."""
+    data = [] if "--data" in flags else ["--data", str(tmp_path / "data")]
+    evaluation.train.main([*flags, *data, "--workers", "0", "--output_dir", str(tmp_path / out)],
+                          evaluation.parse_args, evaluation.evaluate)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """Path of a pre-trained vit_nano, with its 12 + 12 images beside it."""
+    run(tmp_path, "--epochs", "1")
+    return str(tmp_path / "out" / "last.pt")
+
+
+def test_layer_decay():
+    model = ViT(16, 8, 16, depth=12, heads=2, num_classes=3, pool="mean")
+    groups = evaluation.layer_decay_groups(model, 0.05, 0.65)
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        layer = int(name.split(".")[1]) + 1 if "blocks." in name else 13 if name.startswith(("fc_norm", "head")) else 0
+        assert found[id(p)]["scale"] == pytest.approx(0.65 ** (13 - layer)), name
+        free = name.endswith("bias") or "norm" in name or name in ("cls_token", "pos_embed")
+        assert found[id(p)]["weight_decay"] == (0.0 if free else 0.05), name
+
+
+def test_positions_are_interpolated():
+    positions = sincos_pos_embed(32, 7)
+    assert torch.equal(semaim.resize_positions(positions, 7), positions)
+    larger = semaim.resize_positions(positions, 14)
+    assert larger.shape == (1, 197, 32) and torch.equal(larger[:, :1], positions[:, :1])
+    channel = positions[0, 1:, 12].reshape(7, 7)  # bicubic, pixel centres aligned: Pillow's, but for its a = -0.5
+    upright = torch.full((1, 17, 4), 3.0)
+    torch.testing.assert_close(semaim.resize_positions(upright, 9)[:, 1:], torch.full((1, 81, 4), 3.0))
+    middle = larger[0, 1:, 12].reshape(14, 14)[4:10, 4:10].unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2))
+    torch.testing.assert_close(middle, channel[2:5, 2:5], rtol=0, atol=2e-2)
+
+
+def test_knn_by_eval_equals_brute_force(tmp_path, capsys, pretrained):
+    result = score(tmp_path, capsys, "knn", "--checkpoint", pretrained, "--k", "5", "3", "--pool", "mean")
+    model = SemAIM(32, 8, 128, 4, 4, 2)
+    model.load_state_dict(torch.load(pretrained, weights_only=True)["model"])
+    train_set, val = (train.load_data(str(tmp_path / "data"), split) for split in ("train", "val"))
+
+    def features(images):
+        views = torch.stack([images.seen(train.eval_view, 32)[0, i][0] for i in range(len(images))])
+        with torch.no_grad():
+            return F.normalize(model.tokens(train.normalise(views, torch.device("cpu")))[:, 1:].mean(1), dim=1)
+
+    similarity = features(val) @ features(train_set).T
+    for k in (5, 3):
+        right = 0
+        for row, truth in zip(similarity, val.labels):
+            near = row.argsort(descending=True)[:k]
+            votes = [sum(math.exp(row[i] / 0.07) for i in near if train_set.labels[i] == c) for c in range(2)]
+            right += votes[truth] == max(votes)
+        assert result["k"][str(k)]["top1"] == pytest.approx(100 * right / 12, abs=1e-3)
+    assert result["task"] == "knn" and result["top1"] == result["k"]["5"]["top1"] and result["top5"] == 100
+
+
+@pytest.mark.parametrize("flags", (["--epochs", "1"], ["--epochs", "1", "--pool", "mean"], ["--cache_features"]))
+def test_linear_probe_leaves_the_backbone_alone(tmp_path, capsys, pretrained, flags):
+    result = score(tmp_path, capsys, "linear", "--checkpoint", pretrained, "--batch_size", "4", *flags)
+    probe = torch.load(tmp_path / "eval" / "best.pt", weights_only=True)["model"]
+    before = torch.load(pretrained, weights_only=True)["model"]
+    frozen = {name: w for name, w in probe.items() if name.startswith("backbone.")}
+    assert len(frozen) > 50 and all(torch.equal(w, before[name[9:]]) for name, w in frozen.items())
+    assert probe["head.0.running_mean"].abs().sum() > 0 and probe["head.1.bias"].abs().sum() > 0
+    flags = [*flags, "--eval_only", "--checkpoint", str(tmp_path / "eval" / "best.pt")]
+    assert score(tmp_path, capsys, "linear", *flags)["top1"] == result.get("best_top1", result["top1"])
+
+
+def test_probe_batchnorm_is_what_the_recipe_says():
+    probe = evaluation.Probe(small_vit(), "cls", 5).train()
+    assert not probe.backbone.training and probe.head.training
+    x = torch.randn(64, 3, probe.backbone.img_size, probe.backbone.img_size)
+    features = probe.backbone.tokens(x)[:, 0]
+    by_hand = (features - features.mean(0)) / (features.var(0, unbiased=False) + 1e-6).sqrt()
+    torch.testing.assert_close(probe(x), probe.head[1](by_hand), rtol=1e-3, atol=1e-5)
+
+
+def test_cached_probe_picks_its_learning_rate_without_the_test_set(tmp_path, capsys, pretrained):
+    result = score(tmp_path, capsys, "linear", "--checkpoint", pretrained, "--cache_features")
+    for path in (tmp_path / "data" / "val").glob("*/*"):
+        Image.new("RGB", (40, 30)).save(path)
+    other = score(tmp_path, capsys, "linear", "--checkpoint", pretrained, "--cache_features")
+    assert other["lr"] == result["lr"] and other["top1"] == 50
+
+
+def test_cached_heads_do_not_disturb_each_other():
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 8), torch.randint(3, (40,))
+    args = evaluation.parse_args(["linear", "--epochs", "3", "--warmup_epochs", "0", "--min_lr", "0", "--weight_decay",
+                                  "0"])
+    args.total_batch = 10
+    torch.manual_seed(1)
+    together = evaluation.fit_heads(x, y, 3, [0.5, math.inf], args)[0]
+    torch.manual_seed(1)
+    start = evaluation.linear_head(8, 3)
+    evaluation.linear_head(8, 3)
+    weight, momentum = start.weight.detach().clone(), 0.0
+    bias, momentum_b = start.bias.detach().clone(), 0.0
+    for step in range(12):
+        if step % 4 == 0:
+            shuffled = torch.randperm(40)
+        some = shuffled[step % 4 * 10:][:10]
+        error = ((x[some] @ weight.T + bias).softmax(1) - F.one_hot(y[some], 3)) / 10
+        momentum, momentum_b = 0.9 * momentum + error.T @ x[some], 0.9 * momentum_b + error.sum(0)
+        lr = 0.5 * (1 + math.cos(math.pi * step / 12)) / 2
+        weight, bias = weight - lr * momentum, bias - lr * momentum_b
+    torch.testing.assert_close(together.weight, weight)
+    torch.testing.assert_close(together.bias, bias)
+
+
+FINETUNE = ("finetune", "--batch_size", "4", "--accum_iter", "1", "--epochs", "2")
+HEAVY = ("--randaugment", "9", "--erasing", "0.5", "--mixup", "0.8", "--cutmix", "1", "--drop_path", "0.1")
+
+
+def test_finetuning_learns_and_scores_again(tmp_path, capsys, pretrained):
+    result = score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained)
+    last = torch.load(tmp_path / "eval" / "last.pt", weights_only=True)
+    lr = train.learning_rate(5 / 3, 2e-3 * 4 / 256, 1, 2, 1e-6)
+    found = {group["lr"] for group in last["optimizer"]["param_groups"]}
+    assert sorted(found) == pytest.approx(sorted(lr * 0.65 ** i for i in range(6)))
+    before = torch.load(pretrained, weights_only=True)["model"]
+    changed = [name for name, w in last["model"].items() if name in before and not torch.equal(w, before[name])]
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.3.mlp.fc2.bias"} <= set(changed)
+    assert "norm.weight" not in last["model"] and last["model"]["fc_norm.weight"].ne(1).any()
+    lines = [json.loads(line) for line in (tmp_path / "eval" / "log.jsonl").read_text().splitlines()]
+    assert sum("top1" in line for line in lines) == 3  # after each epoch, and the result
+    again = score(tmp_path, capsys, *FINETUNE, "--checkpoint", str(tmp_path / "eval" / "best.pt"), "--eval_only",
+                  "--per_class", out="again")
+    assert again["top1"] == result["best_top1"] and again["images"] == 12
+    assert torch.load(tmp_path / "eval" / "best.pt", weights_only=True)["best"] == result["best_top1"]
+
+
+@pytest.mark.parametrize("task", (("linear", *FINETUNE[1:]), (*FINETUNE, *HEAVY)))
+def test_a_cut_evaluation_ends_bit_for_bit_like_a_whole_one(tmp_path, capsys, monkeypatch, pretrained, task):
+    whole = score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="whole")
+    cut_at(4, monkeypatch)
+    with pytest.raises(IndexError):  # it stops without a result
+        score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="cut")
+    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == 4
+    again = score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="cut")
+    a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True)["model"] for out in ("whole", "cut"))
+    assert again == whole and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_random_weights_and_another_image_size(tmp_path, capsys, pretrained):
+    for checkpoint in ([], ["--checkpoint", pretrained]):
+        result = score(tmp_path, capsys, "knn", *checkpoint, "--img_size", "48", "--k", "3")
+        assert result["checkpoint"] == (checkpoint[1] if checkpoint else None) and 0 <= result["top1"] <= 100
+    score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained, "--img_size", "48")
+    assert torch.load(tmp_path / "eval" / "last.pt", weights_only=True)["model"]["pos_embed"].shape == (1, 37, 128)
+
+
+def test_mixing_and_smoothing_make_soft_targets(monkeypatch, tmp_path, capsys, pretrained):
+    seen = []
+    real = F.cross_entropy
+
+    def loss(logits, target, label_smoothing=0.0):
+        seen.append((target.clone(), label_smoothing))
+        return real(logits, target, label_smoothing=label_smoothing)
+
+    monkeypatch.setattr(evaluation.F, "cross_entropy", loss)
+    score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained)
+    targets = torch.cat([target for target, _ in seen])
+    assert targets.shape == (24, 2) and {smoothing for _, smoothing in seen} == {0.1}
+    torch.testing.assert_close(targets.sum(1), torch.ones(24))
+    assert ((targets > 0.01) & (targets < 0.99)).any()
+
+
+def test_views_of_evaluation():
+    image = train.draw_shapes(1, 3)[0][0]
+    for picture in (image, train.v2.functional.to_pil_image(image)):
+        torch.manual_seed(0)
+        views = [evaluation.probe_view(picture, 32) for _ in range(20)]
+        assert {view.shape for view in views} == {(3, 32, 32)} and {view.dtype for view in views} == {torch.uint8}
+        assert len({tuple(view.flatten().tolist()) for view in views}) > 10
+    then = evaluation.augmentation(randaugment=9, erasing=1.0)
+    views = [evaluation.augmented_view(image, 32, smallest=1.0, then=then) for _ in range(20)]
+    assert {(view.shape, view.dtype) for view in views} == {((3, 32, 32), torch.uint8)}
+    plain = evaluation.augmentation(randaugment=0, erasing=0.0)
+    torch.manual_seed(0)
+    assert torch.equal(plain(image), image)
+
+
+def test_a_share_of_the_labels_is_stratified_and_seeded():
+    data = train.load_data("shapes", "train")
+    a, b, c = (evaluation.share(data, 0.01, seed) for seed in (0, 0, 1))
+    assert a.labels.bincount().tolist() == [10] * 10
+    assert torch.equal(a.images, b.images) and not torch.equal(a.images, c.images)
+
+
+def test_an_unreadable_image_is_not_counted(tmp_path, capsys, pretrained):
+    (tmp_path / "data" / "val" / "cat" / "12.jpg").write_text("no image")
+    (tmp_path / "data" / "train" / "dog" / "1.jpg").write_text("no image")
+    assert score(tmp_path, capsys, "knn", "--checkpoint", pretrained, "--k", "11")["images"] == 11
+    with pytest.raises(SystemExit, match=r"--k 12 is larger than the training set \(11 images\)"):
+        score(tmp_path, capsys, "knn", "--checkpoint", pretrained, "--k", "12")
+
+
+PROCESSES = """
+import sys, eval, train
+data, checkpoint, classifier, out = sys.argv[1:]
+flags = ["--data", data, "--workers", "0", "--output_dir", out]
+eval.evaluate(eval.parse_args(["knn", "--k", "3", "--checkpoint", checkpoint, *flags]))
+device = train.torch.device("cpu")
+train.setup = lambda args: setattr(args, "precision", "fp32") or device  # the processes have joined already
+eval.evaluate(eval.parse_args(["finetune", "--eval_only", "--checkpoint", classifier, *flags]))
+eval.evaluate(eval.parse_args(["linear", "--cache_features", "--checkpoint", checkpoint, *flags]))
+"""
+
+
+def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
+    for path in sorted((tmp_path / "data" / "val").glob("*/*"))[:5]:
+        path.unlink()  # 7 are left: neither 2 nor 3 divides them
+    score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained)
+    (tmp_path / "driver.py").write_text(PROCESSES)
+    paths = [str(tmp_path / name) for name in ("driver.py", "data", "out/last.pt", "eval/best.pt", "scores")]
+    here = os.path.dirname(os.path.abspath(__file__))
+    results = []
+    for processes in (1, 2, 3):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run([*command, *paths], capture_output=True, text=True, cwd=here,
+                              env=os.environ | dict(PYTHONPATH=here, OMP_NUM_THREADS="1"))
+        assert done.returncode == 0, done.stderr
+        results.append([json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")])
+    assert [result["images"] for result in results[0]] == [7, 7, 7]
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("flags,message", (
+    (["knn", "--arch", "vit_base"], r"--arch vit_base, but .*last.pt has vit_nano \(width 128, depth 4, patches of 8\)"),
+    (["knn", "--patch_size", "16"], "--patch_size 16, but .*last.pt has 8"),
+    (["knn", "--k", "13"], r"--k 13 is larger than the training set \(12 images\)"),
+    (["knn", "--img_size", "33"], "--img_size 33 is not a multiple of the patch size, 8"),
+    (["linear", "--label_fraction", "0.05"], "--label_fraction 0.05 leaves no image of class cat, which has 6"),
+    (["finetune", "--batch_size", "13"], r"--batch_size 13 .* is larger than the data set \(12 images\)"),
+    (["finetune", "--eval_only"], "last.pt has no head.weight: --eval_only needs a classifier"),
+    (["linear", "--eval_only"], "last.pt has no head.1.weight: --eval_only needs a classifier"),
+    (["knn", "--checkpoint", "nothing.pt"], "--checkpoint nothing.pt: no such file"),
+    (["finetune", "--checkpoint", "", "--eval_only"], "--eval_only needs --checkpoint FILE"),
+    (["zero_shot"], "argument task: invalid choice: 'zero_shot'"),
+))
+def test_bad_flags_of_eval(tmp_path, capsys, pretrained, flags, message):
+    with pytest.raises(SystemExit, match=message) as error:
+        score(tmp_path, capsys, *flags[:1], "--checkpoint", pretrained, *flags[1:])
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_for_eval(tmp_path, capsys, pretrained):
+    weights = torch.load(pretrained, weights_only=True)["model"]
+    for name, message in (("norm.weight", "lacks norm.weight, which knn needs"),
+                          ("blocks.2.mlp.fc1.bias", "lacks 1 weights: blocks.2.mlp.fc1.bias")):
+        torch.save({n: w for n, w in weights.items() if n != name}, tmp_path / "less.pt")
+        with pytest.raises(SystemExit, match=message):
+            score(tmp_path, capsys, "knn", "--checkpoint", str(tmp_path / "less.pt"))
+    torch.save(weights | {"blocks.0.ls1.gamma": torch.ones(128)}, tmp_path / "more.pt")
+    with pytest.raises(SystemExit, match="another kind of ViT: its blocks have blocks.0.ls1.gamma"):
+        score(tmp_path, capsys, "knn", "--checkpoint", str(tmp_path / "more.pt"))
+    torch.save(clip_weights(), tmp_path / "clip.pt")
+    with pytest.raises(SystemExit, match="clip.pt is a CLIP tower"):
+        score(tmp_path, capsys, "knn", "--checkpoint", str(tmp_path / "clip.pt"))
+    score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained)
+    with pytest.raises(SystemExit, match="--label_fraction 0.5, but .*last.pt was made with 1.0"):
+        score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained, "--label_fraction", "0.5")
+    with pytest.raises(SystemExit, match="best.pt has a head for 2 classes, but --data shapes has 10"):
+        score(tmp_path, capsys, "finetune", "--eval_only", "--checkpoint", str(tmp_path / "eval" / "best.pt"),
+              "--data", "shapes")
+    with pytest.raises(SystemExit, match="needs class folders"):
+        score(tmp_path, capsys, "knn", "--checkpoint", pretrained, "--data", str(tmp_path / "data" / "train" / "cat"))
+    (tmp_path / "data" / "val" / "cat").rename(tmp_path / "data" / "val" / "cow")
+    with pytest.raises(SystemExit, match="val has a class that train has not: cow"):
+        score(tmp_path, capsys, "knn", "--checkpoint", pretrained)
 
 
 # ---------------------------------------------------------------- what a user can get wrong ----

@@ -169,16 +169,21 @@ def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
     return v2.functional.resize(image, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def random_view(image, size: int, smallest: float = 0.2) -> torch.Tensor:
-    """Pre-training augmentation, RandomResizedCrop(smallest-1) and flip: Pillow image or uint8 (3, H, W) -> uint8
-    (3, size, size). The crop is taken before a tensor is made, which halves the work after decoding."""
-    top, left, height, width = v1.RandomResizedCrop.get_params(image, (smallest, 1), (3 / 4, 4 / 3))
+def cut(image, top: int, left: int, height: int, width: int, size: int) -> torch.Tensor:
+    """A box of a Pillow image or of uint8 (3, H, W) -> uint8 (3, size, size), flipped or not. It is cut out before a
+    tensor is made, which halves the work after decoding."""
     if isinstance(image, Image.Image):
         image = v2.functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
     else:
         image = image[:, top:top + height, left:left + width]
     image = to_square(image, size)
     return image.flip(-1) if torch.rand(1) < 0.5 else image
+
+
+def random_view(image, size: int, smallest: float = 0.2) -> torch.Tensor:
+    """Pre-training augmentation, RandomResizedCrop(smallest-1) and flip: Pillow image or uint8 (3, H, W) -> uint8
+    (3, size, size)."""
+    return cut(image, *v1.RandomResizedCrop.get_params(image, (smallest, 1), (3 / 4, 4 / 3)), size)
 
 
 def eval_view(image, size: int) -> torch.Tensor:
@@ -350,13 +355,17 @@ def ema_decay(epoch: float) -> float:
     return 0.999 + 0.0009 * min(epoch / 100, 1)
 
 
+def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW, in one kernel for all parameters where the device has it."""
+    fused = groups[0]["params"][0].device.type in ("cuda", "cpu") or None
+    return torch.optim.AdamW(groups, betas=betas, fused=fused)
+
+
 def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
     """AdamW in two groups: no weight decay for biases and other 1-D parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
-              dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
-    fused = parameters[0].device.type in ("cuda", "cpu") or None
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
+    return adamw([dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
+                  dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)], betas=(0.9, 0.95))
 
 
 # ---------------------------------------------------------------- checkpoints ----
@@ -570,7 +579,7 @@ def forward(call, images: torch.Tensor, teacher, options) -> Output:
 
 
 def backward(loss_of, scaler, args, device) -> torch.Tensor:
-    """Forward and backward of one micro-batch, loss_of() -> loss; returns it. Gradients add up over accum_iter calls."""
+    """Forward and backward of a micro-batch, loss_of() -> loss; returns it. Gradients add up over accum_iter calls."""
     with autocast(device, args.precision):
         loss = loss_of()
     scaler.scale(loss / args.accum_iter).backward()
