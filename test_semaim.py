@@ -332,6 +332,25 @@ def test_compiles_without_a_graph_break():
     torch.compile(tiny(), fullgraph=True, backend="aot_eager")(images).loss.backward()  # the random ties too
 
 
+@pytest.mark.parametrize("bf16,compiled", ((False, False), (True, False), (True, True)))
+def test_grad_checkpointing_changes_the_memory_alone(bf16, compiled):
+    images, results = torch.randn(2, 3, 8, 8), []
+    for checkpointing in (False, True):
+        model, kept = tiny(), []
+        model.grad_checkpointing = checkpointing
+        if compiled:
+            model.compile(fullgraph=True, backend="aot_eager")
+        torch.manual_seed(1)  # for the ties
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(images).loss
+        loss.backward()
+        results.append(([loss] + [p.grad for p in model.parameters() if p.requires_grad], sum(kept)))
+    (plain, much), (again, little) = results
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    assert compiled or little < much / 2  # what a compiled model keeps, no hook sees
+
+
 # ---------------------------------------------------------------- teachers and weight files ----
 
 
