@@ -792,7 +792,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(SystemExit, match="no images in .*empty"):
         run(tmp_path, data=tmp_path / "empty")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(SystemExit, match="text.pt is not a checkpoint"):
+    with pytest.raises(SystemExit, match="text.pt is not a checkpoint of train.py, or torn"):
         run(tmp_path, "--resume", str(tmp_path / "text.pt"))
     run(tmp_path)
     with pytest.raises(SystemExit, match="--arch vit_tiny, but .*last.pt was made with vit_nano"):
@@ -829,17 +829,57 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     assert checkpoint["step"] == 3 and all(w.isfinite().all() for w in checkpoint["model"].values())
 
 
-def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    train.save_checkpoint(path, dict(model={}, config={}, step=1))
+@pytest.mark.parametrize("damage", ("torn", "foreign", "gone"))
+def test_the_checkpoint_before_a_bad_one_is_taken(tmp_path, capsys, damage):
+    whole = run(tmp_path, out="whole")
+    run(tmp_path, "--save_every_minutes", "0", "--steps", "4")
+    assert "stopped after step 4 of 6" in capsys.readouterr().err
+    last = tmp_path / "out" / "last.pt"
+    if damage == "torn":
+        last.write_bytes(last.read_bytes()[:9999])
+    elif damage == "foreign":
+        torch.save(whole["model"], last)
+    else:  # cut between the two renames of a save
+        last.unlink()
+    again = run(tmp_path)
+    said = capsys.readouterr().err
+    assert "last.pt: going on from step 3 of 6" in said
+    assert ("last.pt is torn or foreign, now last.bad; taking the one before it" in said) == (damage != "gone")
+    assert (tmp_path / "out" / "last.bad").exists() == (damage != "gone")  # it took no good one's place
+    assert all(torch.equal(again["model"][name], w) for name, w in whole["model"].items())
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.torch, "save", full)
-    with pytest.raises(SystemExit, match="last.pt could not be written .*No space left"):
-        train.save_checkpoint(path, dict(model={}, config={}, step=2))
-    assert train.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+def test_a_bad_checkpoint_with_none_before_it_is_not_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last.pt").write_text("something dear")
+    with pytest.raises(SystemExit, match="last.pt is not a checkpoint .* give another or move it away"):
+        run(tmp_path)
+    assert (tmp_path / "out" / "last.pt").read_text() == "something dear"
+
+
+def test_a_full_disk_costs_neither_the_run_nor_the_old_file(tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")
+    limits, clip = resource.getrlimit(resource.RLIMIT_FSIZE), train.clip_gradients
+    run(tmp_path, "--steps", "3")
+
+    def full(*args):  # from step 4 on, no file has room for more than 99 bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (99, limits[1]))
+        return clip(*args)
+
+    monkeypatch.setattr(train, "clip_gradients", full)
+    try:
+        with pytest.raises(SystemExit, match=r"^error: .*last.pt could not be written \(.*; the checkpoint before") as e:
+            run(tmp_path, "--save_every_minutes", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(e.value)
+    said = capsys.readouterr().err
+    assert said.count("the checkpoint before it is kept; training goes on") == 2  # steps 4 and 5; 6 is the last
+    assert "log.jsonl lacks a line" in said
+    assert train.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 3
+    assert not (tmp_path / "out" / "last.tmp").exists()
+    monkeypatch.setattr(train, "clip_gradients", clip)
+    assert run(tmp_path)["step"] == 6  # there is room again, and the torn line of the log does no harm
 
 
 if __name__ == "__main__":

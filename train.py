@@ -356,14 +356,22 @@ def make_optimizer(model, lr: float, weight_decay: float) -> torch.optim.AdamW:
 # ---------------------------------------------------------------- checkpoints ----
 
 
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at path is kept: last.pt -> last.previous.pt."""
+    return path.with_stem(path.stem + ".previous")
+
+
 def save_checkpoint(path: Path, checkpoint: dict):
-    """Writes beside, flushes, renames: a cut at any moment leaves the old file or the new one, whole."""
+    """Writes beside, flushes, renames the file that was there, then the new one to its place: a cut at any moment
+    leaves one of the two, whole."""
     beside = path.with_suffix(".tmp")
     try:
         with open(beside, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, previous(path))
         os.replace(beside, path)
     except (OSError, RuntimeError) as e:
         beside.unlink(missing_ok=True)
@@ -371,16 +379,23 @@ def save_checkpoint(path: Path, checkpoint: dict):
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint of this file: model, config, optimizer, scaler, epoch, step, ..."""
-    if not Path(path).is_file():
-        fail(f"--resume {path}: no such file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"model", "config", "step"} <= set(checkpoint):
-            return checkpoint
-    except Exception:  # torch.load raises many kinds for a file that is not one of its own
-        pass
-    fail(f"{path} is not a checkpoint of train.py")
+    """A checkpoint of this file: model, config, optimizer, scaler, epoch, step, ...; the one before it, if this one is
+    torn, foreign or gone."""
+    path = Path(path)
+    for file in (path, previous(path)):
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            if {"model", "config", "step"} <= set(checkpoint):
+                break
+        except Exception:  # torch.load raises many kinds for a file that is not one of its own
+            pass
+    else:
+        fail(f"{path} is not a checkpoint of train.py, or torn, and there is none before it: give another or move it "
+             "away" if path.is_file() else f"--resume {path}: no such file")
+    if file != path and RANK == 0 and path.exists():  # or the next save would put it in the place of the good one
+        os.replace(path, path.with_suffix(".bad"))
+        say(f"{path} is torn or foreign, now {path.with_suffix('.bad').name}; taking the one before it, {file.name}")
+    return checkpoint
 
 
 def read_weights(path) -> dict:
@@ -563,6 +578,14 @@ def clip_gradients(model, optimizer, scaler, args) -> torch.Tensor:
     return torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
 
 
+def step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinite for a torn one."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
 def train(args):
     """One run, from the command line's arguments to the last checkpoint."""
     if args.export:
@@ -585,12 +608,13 @@ def train(args):
              f"data set ({len(data)} images)")
     steps_per_epoch = len(data) // args.total_batch
     stop = steps_per_epoch * args.epochs
+    end = min(stop, args.steps or stop)
     out = Path(args.output_dir)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
     last = out / "last.pt"
     state = dict(step=0, seconds=0.0, unreadable=[], knn_before=None)
-    resume = last if last.exists() else args.resume
+    resume = last if last.exists() or previous(last).exists() else args.resume
     if resume:
         checkpoint = load_checkpoint(resume)
         check_resume(resume, args, checkpoint["config"])
@@ -602,9 +626,8 @@ def train(args):
             teacher.vit.load_state_dict(checkpoint["ema"])
         state = {name: checkpoint[name] for name in state}
         if RANK == 0 and (out / "log.jsonl").exists():  # what came after the checkpoint will come again
-            lines = [line for line in (out / "log.jsonl").read_text().splitlines() if line.endswith("}")]
-            lines = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
-            (out / "log.jsonl").write_text("".join(lines))
+            lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+            (out / "log.jsonl").write_text("".join(line for line in lines if step_of(line) <= state["step"]))
         say(f"{resume}: going on from step {state['step']} of {stop}")
 
     if WORLD > 1:
@@ -627,8 +650,11 @@ def train(args):
 
     def log(**line):
         if RANK == 0:
-            with open(out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as e:  # a full disk
+                say(f"{out / 'log.jsonl'} lacks a line ({e.strerror}); training goes on")
 
     def evaluate(when: str):
         if not args.knn_images or val is None or data.labels is None or val.labels is None:
@@ -654,11 +680,11 @@ def train(args):
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     views = data.seen(random_view, args.img_size, args.seed)
     batches = iter(make_loader(views, args.workers, device, batch_sampler=Batches(
-        len(data), args.total_batch, args.accum_iter, args.seed, state["step"], stop)))
+        len(data), args.total_batch, args.accum_iter, args.seed, state["step"], end)))
     bar = tqdm(total=stop, initial=state["step"], unit="step", disable=RANK > 0, smoothing=0.05)
     saved = logged = time.monotonic()
     logged_step = state["step"]
-    while state["step"] < stop:
+    while state["step"] < end:
         step = state["step"]
         lr_now = learning_rate(step / steps_per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
         for group in optimizer.param_groups:
@@ -676,12 +702,13 @@ def train(args):
                 loss += backward(wrapped, normalise(images, device), scaler, args, teacher) / args.accum_iter
         grad_norm = clip_gradients(model, optimizer, scaler, args)
 
-        # One look at the device a step: is all well, and does anybody want to stop?
-        seen = torch.stack([loss, grad_norm, loss.new_tensor(float(bool(stopping)))])
+        # One look at the device a step: is all well, and does anybody want to save or to stop?
+        due = time.monotonic() - saved > 60 * args.save_every_minutes
+        seen = torch.stack([loss, grad_norm, loss.new_tensor(float(due)), loss.new_tensor(float(bool(stopping)))])
         if WORLD > 1:
             dist.all_reduce(seen)
             seen /= WORLD
-        loss, grad_norm, stop_now = seen.tolist()
+        loss, grad_norm, save_now, stop_now = seen.tolist()
         if not math.isfinite(loss) or (not scaler.is_enabled() and not math.isfinite(grad_norm)):
             fail(f"the loss is {loss} (gradient norm {grad_norm}) at step {step}; the last good checkpoint is kept in "
                  f"{out}. Try a lower --blr, or --precision fp32")
@@ -694,20 +721,20 @@ def train(args):
         bar.update()
 
         now = time.monotonic()
-        if state["step"] % 10 == 0 or state["step"] == stop:
+        if state["step"] % 10 == 0 or state["step"] == end:
             speed = (state["step"] - logged_step) * args.total_batch / (now - logged)
             state["seconds"] += now - logged
             logged, logged_step = now, state["step"]
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_now:.1e}", img_s=f"{speed:.0f}")
             log(step=state["step"], epoch=state["step"] / steps_per_epoch, loss=loss, lr=lr_now, grad_norm=grad_norm,
                 images_per_s=speed)
-        ending = stop_now or state["step"] == stop
-        if ending or now - saved > 60 * args.save_every_minutes:
+        ending = stop_now or state["step"] == end
+        if ending or save_now:
             try:
                 save()
             except (SystemExit, OSError) as e:  # a full disk may have room again next time
                 if ending:
-                    raise
+                    raise SystemExit(str(e)) from None
                 say(f"{e}; training goes on")
             saved = time.monotonic()
         if stop_now:
@@ -716,7 +743,8 @@ def train(args):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if state["step"] < stop:
-        return say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command goes on")
+        return say(f"stopped after step {state['step']} of {stop}, saved in {last}; the same command"
+                   + (" without --steps" if state["step"] >= end else "") + " goes on")
 
     top1 = evaluate("after")
     if state["unreadable"]:
@@ -849,6 +877,7 @@ def parse_args(argv=None):
     add("--batch_size", type=int, help="of one process at a time")
     add("--accum_iter", type=int, help="micro-batches a step; default: what makes up the recipe's total batch")
     add("--epochs", type=int)
+    add("--steps", type=int, help="stop early, after so many steps of the schedule that --epochs makes")
     add("--warmup_epochs", type=float)
     add("--blr", type=float, help="base learning rate; lr = blr * total batch / 256")
     add("--min_lr", type=float, default=0.0)
