@@ -6,7 +6,10 @@ makes, so that no file has to travel; everything else is checked against its def
 import json
 import math
 import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -646,11 +649,13 @@ def test_knn_equals_brute_force():
 # ---------------------------------------------------------------- runs ----
 
 
+RUN = ("--img_size 32 --batch_size 4 --accum_iter 1 --epochs 2 --warmup_epochs 0.5 --knn_images 0 --workers 0").split()
+
+
 def run(tmp_path, *flags, data=None, out="out"):
     """One run of train.py on 12 images for 6 steps; returns its last checkpoint."""
-    args = ["--img_size", "32", "--batch_size", "4", "--accum_iter", "1", "--epochs", "2", "--warmup_epochs", "0.5",
-            "--knn_images", "0", "--workers", "0", "--output_dir", str(tmp_path / out)]
-    train.main(["--data", str(data or folder(tmp_path)), *args, *flags])
+    data = data or (tmp_path / "data" if (tmp_path / "data").exists() else folder(tmp_path))
+    train.main(["--data", str(data), "--output_dir", str(tmp_path / out), *RUN, *flags])
     return torch.load(tmp_path / out / "last.pt", weights_only=True)
 
 
@@ -670,13 +675,13 @@ def test_accumulation_changes_nothing(tmp_path):
     same_weights(whole["model"], parts["model"])
 
 
-def same_weights(a, b):
-    """Equal to fp32 rounding, but for key biases: softmax cancels them, so that their gradient is rounding noise alone,
+def same_weights(a, b, rtol=1e-4):
+    """Equal to fp32 rounding (1e-6), but for key biases: softmax cancels them, so that their gradient is rounding noise alone,
     and Adam scales noise up to the learning rate."""
     for name in a:
         x, y = (w[name].chunk(3)[::2] if "qkv.bias" in name else w[name] for w in (a, b))
         if not name.endswith("attn.k.bias"):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(x, y, rtol=rtol, atol=1e-6)
 
 
 def cut_at(step, monkeypatch):
@@ -761,6 +766,128 @@ def test_recipes():
     assert args.total_batch == 2048 and args.blr == 2e-4 and args.clip_grad == 3.0 and args.weight_decay == 0.05
     assert train.parse_args(["--arch", "vit_large", "--batch_size", "64"]).total_batch == 2048
     assert train.parse_args(["--arch", "vit_base", "--epochs", "5"]).epochs == 5  # a flag given by hand wins
+
+
+# ---------------------------------------------------------------- several processes ----
+
+
+def start(*command):
+    """A process of its own, where train.py can be imported; its output is one text."""
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(train.__file__).parent))
+    return subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def torchrun(*command):
+    """Two processes by torchrun, their output and exit status."""
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
+    said = process.communicate()[0]
+    return said, process.returncode
+
+
+# Several runs one after another, for starting processes takes longer than all of them. DDP counts its sums.
+SEVERAL = """
+import sys
+import torch.distributed.algorithms.ddp_comm_hooks.default_hooks as hooks
+import train
+
+join, DDP, sums = train.dist.init_process_group, train.torch.nn.parallel.DistributedDataParallel, []
+
+def count(_, bucket):
+    sums.append(bucket.is_last())
+    return hooks.allreduce_hook(None, bucket)
+
+def counting(model):
+    wrapped = DDP(model)
+    wrapped.register_comm_hook(None, count)
+    return wrapped
+
+train.dist.init_process_group = lambda *args, **options: train.dist.is_initialized() or join(*args, **options)
+train.dist.destroy_process_group = lambda: None
+train.torch.nn.parallel.DistributedDataParallel = counting
+for flags in sys.argv[1:]:
+    sums.clear()
+    train.main(flags.split())
+    print(f"process {train.RANK} summed gradients {sum(sums)} times", flush=True)
+"""
+SPLITS = {"1x8": (8, 1), "1x4 twice": (4, 2), "2x4": (4, 1), "2x2 twice": (2, 2)}  # batch_size, accum_iter
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    """Five steps of 8 images out of 24, of which two are broken, shared out in four ways in two orders, and cut after
+    step 2 of one process and gone on with two. -> (checkpoints and final losses by name, what the two processes
+    said, the folder)"""
+    root = tmp_path_factory.mktemp("splits")
+    data = folder(root, 24)
+    for path in sorted(data.glob("train/*/*"))[3:5]:
+        path.write_text("no image")
+    ends, together = {}, []
+    for order in ("raster", "similarity"):
+        for name, (batch, accum) in SPLITS.items():
+            out = root / f"{order}-{name}".replace(" ", "-")
+            flags = ["--order", order, "--batch_size", str(batch), "--accum_iter", str(accum), "--steps", "5"]
+            if name[0] == "1":
+                run(root, *flags, out=out)
+            else:
+                together.append([*flags, *RUN, "--data", data, "--output_dir", out])
+            ends[order, name] = out
+    cut = ends["raster", "cut"] = root / "cut"
+    run(root, *"--order raster --batch_size 8 --steps 2".split(), out=cut)
+    together.append([*together[0][:8], *RUN, "--data", data, "--output_dir", cut])
+    (root / "several.py").write_text(SEVERAL)
+    said, status = torchrun(root / "several.py", *(" ".join(map(str, flags)) for flags in together))
+    assert status == 0, said
+    for key, out in ends.items():
+        line = (out / "log.jsonl").read_text().splitlines()[-1]
+        ends[key] = torch.load(out / "last.pt", weights_only=True), json.loads(line)["loss"]
+    return ends, said, root
+
+
+@pytest.mark.parametrize("order", ("raster", "similarity"))
+def test_any_split_of_a_batch_gives_the_same_weights(splits, order):
+    (whole, loss), *others = (end for (kind, _), end in splits[0].items() if kind == order)
+    assert len(others) == 3 + (order == "raster")
+    for checkpoint, other in others:
+        assert checkpoint["step"] == whole["step"] == 5 and other == pytest.approx(loss, abs=1e-6)
+        same_weights(checkpoint["model"], whole["model"], rtol=0)
+
+
+def test_two_processes_sum_once_a_step_and_share_what_was_unreadable(splits):
+    ends, said, _ = splits
+    for rank in (0, 1):
+        assert re.findall(f"process {rank} summed gradients (.) times", said) == ["5", "5", "5", "5", "3"]
+    assert "last.pt: going on from step 2 of 6" in said  # begun by one process
+    for checkpoint, _ in ends.values():
+        assert sorted(checkpoint["unreadable"]) == [3, 4]
+
+
+BREAKS = """
+import os
+import train
+
+clip, calls = train.clip_gradients, []
+
+def breaks(*args):
+    calls.append(1)
+    if len(calls) == 4 and train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise RuntimeError("process 1 has had enough")
+    return clip(*args)
+
+train.clip_gradients = breaks
+train.main()
+"""
+
+
+def test_a_process_that_fails_brings_all_down_and_a_restart_goes_on(splits):
+    (whole, _), root = splits[0]["raster", "2x4"], splits[2]
+    (root / "breaks.py").write_text(BREAKS)
+    said, status = torchrun("--max-restarts=1", root / "breaks.py", *RUN, "--data", root / "data", "--order", "raster",
+                            "--steps", "5", "--save_every_minutes", "0", "--output_dir", root / "broken")
+    assert status == 0 and "RuntimeError: process 1 has had enough" in said, said
+    assert "last.pt: going on from step 3 of 6" in said
+    again = torch.load(root / "broken" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(again[name], w) for name, w in whole["model"].items())
 
 
 # ---------------------------------------------------------------- what a user can get wrong ----

@@ -71,7 +71,11 @@ def setup(args) -> torch.device:
         device = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
     if WORLD > 1:
         cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own, which --max-restarts keeps with
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # the addresses of the dead in it
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
+                                device_id=device if cuda else None)
     if args.precision is None:  # bf16 halves the memory; a nano model on a CPU has no need of it
         if device.type == "cuda":
             args.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
@@ -641,6 +645,10 @@ def train(args):
            for i in torch.linspace(0, len(few) - 1, min(8, len(few))).long().tolist()]
 
     def save():
+        if WORLD > 1:  # all come here at the same step: what each found unreadable, all know from now on
+            found = [None] * WORLD
+            dist.all_gather_object(found, state["unreadable"])
+            state["unreadable"] = sorted(set().union(*found))
         if RANK == 0:
             ema = teacher.vit.state_dict() if args.target == "ema" else {}
             save_checkpoint(last, dict(model=model.state_dict(), config=vars(args), optimizer=optimizer.state_dict(),
