@@ -296,9 +296,8 @@ def classify(args, device, weights, data: Images, val: Images):
     stop = per_epoch * args.epochs
     say(f"{args.task} of {args.arch} from {args.checkpoint or 'random weights'}, {args.data}: {len(data):,} images, "
         f"{stop:,} steps of {args.total_batch} on {WORLD} x {device.type} in {args.precision}, results in {run.out}")
-    if not fit(run, loss_of, data.seen(view, args.img_size, args.seed), stop, after_step=score_it):
-        return say(f"stopped after step {run.state['step']} of {stop}, saved in {run.last}; the same command goes on")
-    report(args, *evaluate(), data.classes, best_top1=run.state["best"], step=stop)
+    if fit(run, loss_of, data.seen(view, args.img_size, args.seed), stop, after_step=score_it):
+        report(args, *evaluate(), data.classes, best_top1=run.state["best"], step=stop)
 
 
 # ---------------------------------------------------------------- command line ----

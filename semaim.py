@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 ARCHS = {  # nano is for CPUs; base and large are the paper's; tiny, small and huge are the usual sizes around them
     "vit_nano": dict(patch_size=8, dim=128, depth=4, heads=4, query_depth=2),
@@ -362,6 +363,7 @@ class SemAIM(ViT):
         super().__init__(img_size, patch_size, dim, depth, heads)
         self.target, self.order, self.anchor, self.loss = target, order, anchor, loss
         self.norm_pix, self.blur = norm_pix, blur
+        self.grad_checkpointing = False  # True: blocks keep their inputs alone and are computed again for the gradient
         self.pos_embed.requires_grad_(False)
         self.query_blocks = nn.ModuleList(QueryBlock(dim, heads) for _ in range(query_depth))
         out = target_dim or (patch_size**2 * 3 if target == "pixel" else dim)
@@ -400,11 +402,14 @@ class SemAIM(ViT):
 
     def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
         """Content (N, K, D), query (N, L, D), masks as in attend -> query (N, L, D) after the last block."""
+        def run(block, *inputs):
+            return checkpoint(block, *inputs, use_reentrant=False) if self.grad_checkpointing else block(*inputs)
+
         every = len(self.blocks) // len(self.query_blocks)
         for i, block in enumerate(self.blocks):
-            content = block(content, content_mask)
+            content = run(block, content, content_mask)
             if (i + 1) % every == 0:
-                query = self.query_blocks[i // every](query, content, query_mask)
+                query = run(self.query_blocks[i // every], query, content, query_mask)
         return query
 
     def _predict(self, query: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ makes, so that no file has to travel; everything else is checked against its def
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -334,6 +336,25 @@ def test_compiles_without_a_graph_break():
     torch.compile(tiny(), fullgraph=True, backend="aot_eager")(images).loss.backward()  # the random ties too
 
 
+@pytest.mark.parametrize("bf16,compiled", ((False, False), (True, False), (True, True)))
+def test_grad_checkpointing_changes_the_memory_alone(bf16, compiled):
+    images, results = torch.randn(2, 3, 8, 8), []
+    for checkpointing in (False, True):
+        model, kept = tiny(), []
+        model.grad_checkpointing = checkpointing
+        if compiled:
+            model.compile(fullgraph=True, backend="aot_eager")
+        torch.manual_seed(1)  # for the ties
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(images).loss
+        loss.backward()
+        results.append(([loss] + [p.grad for p in model.parameters() if p.requires_grad], sum(kept)))
+    (plain, much), (again, little) = results
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    assert compiled or little < much / 2  # what a compiled model keeps, no hook sees
+
+
 # ---------------------------------------------------------------- teachers and weight files ----
 
 
@@ -630,11 +651,13 @@ def test_knn_equals_brute_force():
 # ---------------------------------------------------------------- runs ----
 
 
+RUN = ("--img_size 32 --batch_size 4 --accum_iter 1 --epochs 2 --warmup_epochs 0.5 --knn_images 0 --workers 0").split()
+
+
 def run(tmp_path, *flags, data=None, out="out"):
     """One run of train.py on 12 images for 6 steps; returns its last checkpoint."""
-    args = ["--img_size", "32", "--batch_size", "4", "--accum_iter", "1", "--epochs", "2", "--warmup_epochs", "0.5",
-            "--knn_images", "0", "--workers", "0", "--output_dir", str(tmp_path / out)]
-    train.main(["--data", str(data or folder(tmp_path)), *args, *flags])
+    data = data or (tmp_path / "data" if (tmp_path / "data").exists() else folder(tmp_path))
+    train.main(["--data", str(data), "--output_dir", str(tmp_path / out), *RUN, *flags])
     return torch.load(tmp_path / out / "last.pt", weights_only=True)
 
 
@@ -654,13 +677,13 @@ def test_accumulation_changes_nothing(tmp_path):
     same_weights(whole["model"], parts["model"])
 
 
-def same_weights(a, b):
-    """Equal to fp32 rounding, but for key biases: softmax cancels them, so that their gradient is rounding noise alone,
+def same_weights(a, b, rtol=1e-4):
+    """Equal to fp32 rounding (1e-6), but for key biases: softmax cancels them, so that their gradient is rounding noise alone,
     and Adam scales noise up to the learning rate."""
     for name in a:
         x, y = (w[name].chunk(3)[::2] if "qkv.bias" in name else w[name] for w in (a, b))
         if not name.endswith("attn.k.bias"):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(x, y, rtol=rtol, atol=1e-6)
 
 
 def cut_at(step, monkeypatch):
@@ -984,7 +1007,7 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
 
 
 @pytest.mark.parametrize("flags,message", (
-    (["knn", "--arch", "vit_base"], r"--arch vit_base, but .*last.pt has vit_nano \(width 128, depth 4, patches of 8\)"),
+    (["knn", "--arch", "vit_base"], r"--arch vit_base, but .*last.pt has vit_nano \(width 128, depth 4, patches of"),
     (["knn", "--patch_size", "16"], "--patch_size 16, but .*last.pt has 8"),
     (["knn", "--k", "13"], r"--k 13 is larger than the training set \(12 images\)"),
     (["knn", "--img_size", "33"], "--img_size 33 is not a multiple of the patch size, 8"),
@@ -1028,6 +1051,128 @@ def test_bad_files_for_eval(tmp_path, capsys, pretrained):
         score(tmp_path, capsys, "knn", "--checkpoint", pretrained)
 
 
+# ---------------------------------------------------------------- several processes ----
+
+
+def start(*command):
+    """A process of its own, where train.py can be imported; its output is one text."""
+    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(train.__file__).parent))
+    return subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
+
+
+def torchrun(*command):
+    """Two processes by torchrun, their output and exit status."""
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
+    said = process.communicate()[0]
+    return said, process.returncode
+
+
+# Several runs one after another, for starting processes takes longer than all of them. DDP counts its sums.
+SEVERAL = """
+import sys
+import torch.distributed.algorithms.ddp_comm_hooks.default_hooks as hooks
+import train
+
+join, DDP, sums = train.dist.init_process_group, train.torch.nn.parallel.DistributedDataParallel, []
+
+def count(_, bucket):
+    sums.append(bucket.is_last())
+    return hooks.allreduce_hook(None, bucket)
+
+def counting(model):
+    wrapped = DDP(model)
+    wrapped.register_comm_hook(None, count)
+    return wrapped
+
+train.dist.init_process_group = lambda *args, **options: train.dist.is_initialized() or join(*args, **options)
+train.dist.destroy_process_group = lambda: None
+train.torch.nn.parallel.DistributedDataParallel = counting
+for flags in sys.argv[1:]:
+    sums.clear()
+    train.main(flags.split())
+    print(f"process {train.RANK} summed gradients {sum(sums)} times", flush=True)
+"""
+SPLITS = {"1x8": (8, 1), "1x4 twice": (4, 2), "2x4": (4, 1), "2x2 twice": (2, 2)}  # batch_size, accum_iter
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    """Five steps of 8 images out of 24, of which two are broken, shared out in four ways in two orders, and cut after
+    step 2 of one process and gone on with two. -> (checkpoints and final losses by name, what the two processes
+    said, the folder)"""
+    root = tmp_path_factory.mktemp("splits")
+    data = folder(root, 24)
+    for path in sorted(data.glob("train/*/*"))[3:5]:
+        path.write_text("no image")
+    ends, together = {}, []
+    for order in ("raster", "similarity"):
+        for name, (batch, accum) in SPLITS.items():
+            out = root / f"{order}-{name}".replace(" ", "-")
+            flags = ["--order", order, "--batch_size", str(batch), "--accum_iter", str(accum), "--steps", "5"]
+            if name[0] == "1":
+                run(root, *flags, out=out)
+            else:
+                together.append([*flags, *RUN, "--data", data, "--output_dir", out])
+            ends[order, name] = out
+    cut = ends["raster", "cut"] = root / "cut"
+    run(root, *"--order raster --batch_size 8 --steps 2".split(), out=cut)
+    together.append([*together[0][:8], *RUN, "--data", data, "--output_dir", cut])
+    (root / "several.py").write_text(SEVERAL)
+    said, status = torchrun(root / "several.py", *(" ".join(map(str, flags)) for flags in together))
+    assert status == 0, said
+    for key, out in ends.items():
+        line = (out / "log.jsonl").read_text().splitlines()[-1]
+        ends[key] = torch.load(out / "last.pt", weights_only=True), json.loads(line)["loss"]
+    return ends, said, root
+
+
+@pytest.mark.parametrize("order", ("raster", "similarity"))
+def test_any_split_of_a_batch_gives_the_same_weights(splits, order):
+    (whole, loss), *others = (end for (kind, _), end in splits[0].items() if kind == order)
+    assert len(others) == 3 + (order == "raster")
+    for checkpoint, other in others:
+        assert checkpoint["step"] == whole["step"] == 5 and other == pytest.approx(loss, abs=1e-6)
+        same_weights(checkpoint["model"], whole["model"], rtol=0)
+
+
+def test_two_processes_sum_once_a_step_and_share_what_was_unreadable(splits):
+    ends, said, _ = splits
+    for rank in (0, 1):
+        assert re.findall(f"process {rank} summed gradients (.) times", said) == ["5", "5", "5", "5", "3"]
+    assert "last.pt: going on from step 2 of 6" in said  # begun by one process
+    for checkpoint, _ in ends.values():
+        assert sorted(checkpoint["unreadable"]) == [3, 4]
+
+
+BREAKS = """
+import os
+import train
+
+clip, calls = train.clip_gradients, []
+
+def breaks(*args):
+    calls.append(1)
+    if len(calls) == 4 and train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise RuntimeError("process 1 has had enough")
+    return clip(*args)
+
+train.clip_gradients = breaks
+train.main()
+"""
+
+
+def test_a_process_that_fails_brings_all_down_and_a_restart_goes_on(splits):
+    (whole, _), root = splits[0]["raster", "2x4"], splits[2]
+    (root / "breaks.py").write_text(BREAKS)
+    said, status = torchrun("--max-restarts=1", root / "breaks.py", *RUN, "--data", root / "data", "--order", "raster",
+                            "--steps", "5", "--save_every_minutes", "0", "--output_dir", root / "broken")
+    assert status == 0 and "RuntimeError: process 1 has had enough" in said, said
+    assert "last.pt: going on from step 3 of 6" in said
+    again = torch.load(root / "broken" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(again[name], w) for name, w in whole["model"].items())
+
+
 # ---------------------------------------------------------------- what a user can get wrong ----
 
 
@@ -1057,7 +1202,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(SystemExit, match="no images in .*empty"):
         run(tmp_path, data=tmp_path / "empty")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(SystemExit, match="text.pt is not a checkpoint"):
+    with pytest.raises(SystemExit, match="text.pt is not a checkpoint of train.py, or torn"):
         run(tmp_path, "--resume", str(tmp_path / "text.pt"))
     run(tmp_path)
     with pytest.raises(SystemExit, match="--arch vit_tiny, but .*last.pt was made with vit_nano"):
@@ -1094,17 +1239,57 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     assert checkpoint["step"] == 3 and all(w.isfinite().all() for w in checkpoint["model"].values())
 
 
-def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pt"
-    train.save_checkpoint(path, dict(model={}, config={}, step=1))
+@pytest.mark.parametrize("damage", ("torn", "foreign", "gone"))
+def test_the_checkpoint_before_a_bad_one_is_taken(tmp_path, capsys, damage):
+    whole = run(tmp_path, out="whole")
+    run(tmp_path, "--save_every_minutes", "0", "--steps", "4")
+    assert "stopped after step 4 of 6" in capsys.readouterr().err
+    last = tmp_path / "out" / "last.pt"
+    if damage == "torn":
+        last.write_bytes(last.read_bytes()[:9999])
+    elif damage == "foreign":
+        torch.save(whole["model"], last)
+    else:  # cut between the two renames of a save
+        last.unlink()
+    again = run(tmp_path)
+    said = capsys.readouterr().err
+    assert "last.pt: going on from step 3 of 6" in said
+    assert ("last.pt is torn or foreign, now last.bad; taking the one before it" in said) == (damage != "gone")
+    assert (tmp_path / "out" / "last.bad").exists() == (damage != "gone")  # it took no good one's place
+    assert all(torch.equal(again["model"][name], w) for name, w in whole["model"].items())
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.torch, "save", full)
-    with pytest.raises(SystemExit, match="last.pt could not be written .*No space left"):
-        train.save_checkpoint(path, dict(model={}, config={}, step=2))
-    assert train.load_checkpoint(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+def test_a_bad_checkpoint_with_none_before_it_is_not_overwritten(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last.pt").write_text("something dear")
+    with pytest.raises(SystemExit, match="last.pt is not a checkpoint .* give another or move it away"):
+        run(tmp_path)
+    assert (tmp_path / "out" / "last.pt").read_text() == "something dear"
+
+
+def test_a_full_disk_costs_neither_the_run_nor_the_old_file(tmp_path, monkeypatch, capsys):
+    resource = pytest.importorskip("resource")
+    limits, clip = resource.getrlimit(resource.RLIMIT_FSIZE), train.clip_gradients
+    run(tmp_path, "--steps", "3")
+
+    def full(*args):  # from step 4 on, no file has room for more than 99 bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (99, limits[1]))
+        return clip(*args)
+
+    monkeypatch.setattr(train, "clip_gradients", full)
+    try:
+        with pytest.raises(SystemExit, match=r"^error: .*last.pt could not be written \(.*; the checkpoint before") as e:
+            run(tmp_path, "--save_every_minutes", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(e.value)
+    said = capsys.readouterr().err
+    assert said.count("the checkpoint before it is kept; training goes on") == 2  # steps 4 and 5; 6 is the last
+    assert "log.jsonl lacks a line" in said
+    assert train.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 3
+    assert not (tmp_path / "out" / "last.tmp").exists()
+    monkeypatch.setattr(train, "clip_gradients", clip)
+    assert run(tmp_path)["step"] == 6  # there is room again, and the torn line of the log does no harm
 
 
 if __name__ == "__main__":

@@ -73,7 +73,11 @@ def setup(args) -> torch.device:
         device = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
     if WORLD > 1:
         cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own, which --max-restarts keeps with
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # the addresses of the dead in it
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
+                                device_id=device if cuda else None)
     if args.precision is None:  # bf16 halves the memory; a nano model on a CPU has no need of it
         if device.type == "cuda":
             args.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
@@ -83,9 +87,10 @@ def setup(args) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str):
-    """The context in which the model runs."""
+    """The context in which the model runs. It caches no casts: each weight is used once, and with --grad_checkpointing
+    the cache would hold more than the activations."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
 
 def gather(shard: torch.Tensor, total: int) -> torch.Tensor:
@@ -371,14 +376,22 @@ def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
 # ---------------------------------------------------------------- checkpoints ----
 
 
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at path is kept: last.pt -> last.previous.pt."""
+    return path.with_stem(path.stem + ".previous")
+
+
 def save_checkpoint(path: Path, checkpoint: dict):
-    """Writes beside, flushes, renames: a cut at any moment leaves the old file or the new one, whole."""
+    """Writes beside, flushes, renames the file that was there, then the new one to its place: a cut at any moment
+    leaves one of the two, whole."""
     beside = path.with_suffix(".tmp")
     try:
         with open(beside, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, previous(path))
         os.replace(beside, path)
     except (OSError, RuntimeError) as e:
         beside.unlink(missing_ok=True)
@@ -386,16 +399,23 @@ def save_checkpoint(path: Path, checkpoint: dict):
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint of this file: model, config, optimizer, scaler, epoch, step, ..."""
-    if not Path(path).is_file():
-        fail(f"--resume {path}: no such file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"model", "config", "step"} <= set(checkpoint):
-            return checkpoint
-    except Exception:  # torch.load raises many kinds for a file that is not one of its own
-        pass
-    fail(f"{path} is not a checkpoint of train.py")
+    """A checkpoint of this file: model, config, optimizer, scaler, epoch, step, ...; the one before it, if this one is
+    torn, foreign or gone."""
+    path = Path(path)
+    for file in (path, previous(path)):
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            if {"model", "config", "step"} <= set(checkpoint):
+                break
+        except Exception:  # torch.load raises many kinds for a file that is not one of its own
+            pass
+    else:
+        fail(f"{path} is not a checkpoint of train.py, or torn, and there is none before it: give another or move it "
+             "away" if path.is_file() else f"--resume {path}: no such file")
+    if file != path and RANK == 0 and path.exists():  # or the next save would put it in the place of the good one
+        os.replace(path, path.with_suffix(".bad"))
+        say(f"{path} is torn or foreign, now {path.with_suffix('.bad').name}; taking the one before it, {file.name}")
+    return checkpoint
 
 
 def read_weights(path) -> dict:
@@ -563,6 +583,7 @@ def make_model(args, device):
     if teacher and teacher.grid != grid:
         fail(f"--teacher {args.teacher} has {teacher.grid} x {teacher.grid} patches, but --img_size {args.img_size} "
              f"and --patch_size {args.patch_size} make {grid} x {grid}")
+    model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         model.compile(fullgraph=True)
     return model, teacher
@@ -592,6 +613,14 @@ def clip_gradients(model, optimizer, scaler, args) -> torch.Tensor:
     return torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
 
 
+def step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinite for a torn one."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
 class Run:
     """A run of training and its files in --output_dir: last.pt, from which it goes on if it is there, and log.jsonl.
 
@@ -605,9 +634,9 @@ class Run:
         self.last = self.out / "last.pt"
         if RANK == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-        resume = self.last if self.last.exists() else args.resume
-        if resume:
-            self.go_on_from(resume, same)
+        self.source = self.last if self.last.exists() or previous(self.last).exists() else args.resume
+        if self.source:
+            self.go_on_from(self.source, same)
         if WORLD > 1:
             steps = [None] * WORLD
             dist.all_gather_object(steps, self.state["step"])
@@ -628,12 +657,15 @@ class Run:
         self.state = {name: checkpoint[name] for name in self.state}
         log = self.out / "log.jsonl"
         if RANK == 0 and log.exists():  # what came after the checkpoint will come again
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.state["step"]))
-        say(f"{path}: going on after step {self.state['step']}")
+            lines = log.read_text().splitlines(keepends=True)
+            log.write_text("".join(line for line in lines if step_of(line) <= self.state["step"]))
 
     def save(self, name: str = "last.pt"):
-        """Writes everything that is needed to go on."""
+        """Writes everything that is needed to go on. All processes come here at the same step."""
+        if WORLD > 1:  # what each found unreadable, all know from now on
+            found = [None] * WORLD
+            dist.all_gather_object(found, self.state["unreadable"])
+            self.state["unreadable"] = sorted(set().union(*found))
         if RANK == 0:
             save_checkpoint(self.out / name, dict(
                 model=self.model.state_dict(), config=vars(self.args), optimizer=self.optimizer.state_dict(),
@@ -642,8 +674,11 @@ class Run:
     def log(self, **line):
         """A line for log.jsonl."""
         if RANK == 0:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(dict(step=self.state["step"], epoch=self.state["epoch"]) | line) + "\n")
+            try:
+                with open(self.out / "log.jsonl", "a") as file:
+                    file.write(json.dumps(dict(step=self.state["step"], epoch=self.state["epoch"]) | line) + "\n")
+            except OSError as e:  # a full disk
+                say(f"{self.out / 'log.jsonl'} lacks a line ({e.strerror}); training goes on")
 
 
 def count_steps(args, n: int) -> int:
@@ -656,7 +691,7 @@ def count_steps(args, n: int) -> int:
 
 def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=None) -> bool:
     """Trains from the step where the run is to step `stop`, saving now and then. Returns whether it came there; if not,
-    a signal came, and all is saved.
+    a signal or --steps ended it, and all is saved.
 
     loss_of(call, images, labels) -> loss of a micro-batch, call: the model, or what DDP makes of it. A group of the
     optimiser may have a "scale" for its learning rate. on_save(), after_step(step): what remains to be done then."""
@@ -664,6 +699,9 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
         run.args, run.device, run.model, run.optimizer, run.scaler, run.state)
     steps_per_epoch = count_steps(args, len(views))
     lr = args.blr * args.total_batch / 256
+    end = min(stop, args.steps or stop)
+    if run.source:
+        say(f"{run.source}: going on from step {state['step']} of {stop}")
     stopping = []  # signals that came: the running step is finished, then all is saved
 
     def on_signal(number, _):
@@ -673,11 +711,11 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     batches = iter(make_loader(views, args.workers, device, batch_sampler=Batches(
-        len(views), args.total_batch, args.accum_iter, args.seed, state["step"], stop)))
+        len(views), args.total_batch, args.accum_iter, args.seed, state["step"], end)))
     bar = tqdm(total=stop, initial=state["step"], unit="step", disable=RANK > 0, smoothing=0.05)
     saved = logged = time.monotonic()
     logged_step = state["step"]
-    while state["step"] < stop:
+    while state["step"] < end:
         step = state["step"]
         lr_now = learning_rate(step / steps_per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
         for group in optimizer.param_groups:
@@ -696,12 +734,13 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
                 loss += backward(lambda: loss_of(wrapped, images, labels), scaler, args, device) / args.accum_iter
         grad_norm = clip_gradients(model, optimizer, scaler, args)
 
-        # One look at the device a step: is all well, and does anybody want to stop?
-        seen = torch.stack([loss, grad_norm, loss.new_tensor(float(bool(stopping)))])
+        # One look at the device a step: is all well, and does anybody want to save or to stop?
+        due = time.monotonic() - saved > 60 * args.save_every_minutes
+        seen = torch.stack([loss, grad_norm, loss.new_tensor(float(due)), loss.new_tensor(float(bool(stopping)))])
         if WORLD > 1:
             dist.all_reduce(seen)
             seen /= WORLD
-        loss, grad_norm, stop_now = seen.tolist()
+        loss, grad_norm, save_now, stop_now = seen.tolist()
         if not math.isfinite(loss) or (not scaler.is_enabled() and not math.isfinite(grad_norm)):
             fail(f"the loss is {loss} (gradient norm {grad_norm}) at step {step}; the last good checkpoint is kept in "
                  f"{args.output_dir}. Try a lower --blr, or --precision fp32")
@@ -715,21 +754,21 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
             after_step(step)
 
         now = time.monotonic()
-        if state["step"] % 10 == 0 or state["step"] == stop:
+        if state["step"] % 10 == 0 or state["step"] == end:
             speed = (state["step"] - logged_step) * args.total_batch / (now - logged)
             state["seconds"] += now - logged
             logged, logged_step = now, state["step"]
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_now:.1e}", img_s=f"{speed:.0f}")
             run.log(loss=loss, lr=lr_now, grad_norm=grad_norm, images_per_s=speed)
-        ending = stop_now or state["step"] == stop
-        if ending or now - saved > 60 * args.save_every_minutes:
+        ending = stop_now or state["step"] == end
+        if ending or save_now:
             try:
                 run.save()
                 if on_save:
                     on_save()
             except (SystemExit, OSError) as e:  # a full disk may have room again next time
                 if ending:
-                    raise
+                    raise SystemExit(str(e)) from None
                 say(f"{e}; training goes on")
             saved = time.monotonic()
         if stop_now:
@@ -737,6 +776,9 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
     bar.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if state["step"] < stop:
+        say(f"stopped after step {state['step']} of {stop}, saved in {run.last}; the same command"
+            + (" without --steps" if state["step"] >= end else "") + " goes on")
     return state["step"] == stop
 
 
@@ -783,7 +825,7 @@ def train(args):
     teach = (lambda step: ema_update(teacher, model, ema_decay(step / steps_per_epoch))) if run.ema else None
     if not fit(run, lambda call, images, _: forward(call, images, teacher, args).loss,
                data.seen(random_view, args.img_size, args.seed), stop, draw, teach):
-        return say(f"stopped after step {run.state['step']} of {stop}, saved in {run.last}; the same command goes on")
+        return
 
     before, after = run.state["knn_before"], evaluate("after")
     if run.state["unreadable"]:
@@ -907,6 +949,7 @@ class Parser(argparse.ArgumentParser):
         add("--batch_size", type=int, help="of one process at a time")
         add("--accum_iter", type=int, help="micro-batches a step; default: what makes up the recipe's total batch")
         add("--epochs", type=int)
+        add("--steps", type=int, help="stop early, after so many steps of the schedule that --epochs makes")
         add("--warmup_epochs", type=float)
         add("--blr", type=float, help="base learning rate; lr = blr * total batch / 256")
         add("--min_lr", type=float)
@@ -949,6 +992,7 @@ def parse_args(argv=None):
     add("--loss", default="l2", choices=("l2", "l1"))
     add("--head", default="mlp", choices=("mlp", "linear"))
     add("--query_depth", type=int)
+    add("--grad_checkpointing", action="store_true", help="a fifth of the memory for a third more time")
     add("--knn_images", type=int, default=60_000, help="at most so many of train and of val; 0: no k-NN")
     add("--checkpoint", help="weights to start from: any file that semaim.load_weights knows")
     add("--export", help="write the encoder of --checkpoint to this file, in timm's names, and stop")
