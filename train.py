@@ -158,6 +158,8 @@ def decode(path: str) -> Image.Image:
     """The image in a file as RGB, upright, whatever its mode and whatever its name says."""
     with Image.open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("32 bits a pixel, and nothing says which value is white")
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
             image = image.point(lambda value: value / 256).convert("L")
         if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):  # on white, as it is meant to be seen
@@ -189,6 +191,8 @@ def eval_view(image, size: int) -> torch.Tensor:
     data set of small, framed ones -> resized whole. Either way uint8 (3, size, size)."""
     if torch.is_tensor(image):
         return to_square(image, size)
+    long = 4 * min(image.size)  # of a strip 20,000 pixels long: its middle, before resizing makes it longer still
+    image = v2.functional.center_crop(image, [min(image.height, long), min(image.width, long)])
     image = v2.functional.pil_to_tensor(image)
     image = v2.functional.resize(image, [size * 256 // 224], v2.InterpolationMode.BICUBIC, antialias=True)
     return v2.functional.center_crop(image, [size, size])
@@ -226,10 +230,11 @@ class Images(Dataset):
                 image = self.images[other]
                 image = decode(image) if isinstance(image, str) else image
                 break
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # all that Pillow raises
-                bad = index
+            except Exception as e:  # Pillow raises a dozen kinds, whatever a broken file leads it into
+                bad, why = index, type(e).__name__
         else:
-            raise UnreadableError(f"100 files in a row are not readable as images, the first is {self.images[index]}")
+            raise UnreadableError(f"100 files in a row are not readable as images ({why}), the first is "
+                                  f"{self.images[index]}")
         return self.view(image, self.size), -1 if self.labels is None else int(self.labels[other]), bad
 
 
@@ -238,8 +243,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 def list_images(root: Path) -> list[str]:
     """All image files below root, sorted."""
-    files = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    return sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
+    return sorted(f"{folder}{os.sep}{name}" for folder, _, names in os.walk(root, followlinks=True)
+                  for name in names if name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def load_data(data: str, split: str, data_root: str = "data", classes=None):
@@ -276,10 +281,15 @@ def load_data(data: str, split: str, data_root: str = "data", classes=None):
     paths = list_images(folder)
     if not paths:
         fail(f"--data {data}: no images in {folder}")
-    names = [path[len(str(folder)) + 1:].split(os.sep)[0] for path in paths]
-    found = sorted(set(names))
-    if folder == root or not all((folder / name).is_dir() for name in found):
+    skip = len(str(folder)) + 1
+    names = [path[skip:].split(os.sep)[0] for path in paths]
+    found, folders = sorted(set(names)), {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    if folder == root or not set(found) <= folders:
         return Images(paths, None, None)  # no class folders
+    empty = sorted(folders - set(found))
+    if empty:
+        say(f"--data {data}: no class, for there is no image in it: {folder / empty[0]}"
+            + (f" (and in {len(empty) - 1} more)" if len(empty) > 1 else ""))
     classes = classes or found
     if not set(found) <= set(classes):
         fail(f"--data {data}: {folder.name} has a class that train has not: {min(set(found) - set(classes))}")
@@ -323,6 +333,13 @@ def own_group(_):
     until the running step is done."""
     if os.name == "posix":
         os.setpgid(0, 0)
+
+
+def name_unreadable(images: Images, bad: torch.Tensor, known: list):
+    """Names the files of a batch that were not readable, and adds them to those that are known already."""
+    for index in sorted(set(bad[bad >= 0].tolist()) - set(known)):
+        known.append(index)
+        tqdm.write(f"not readable as an image, left out: {images.images[index]}", file=sys.stderr)
 
 
 def normalise(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -428,9 +445,9 @@ def check_resume(path, args, config: dict):
     same = ("arch", "img_size", "patch_size", "query_depth", "head", "target", "teacher", "order", "anchor", "loss",
             "weight_decay", "data", "seed", "total_batch")
     for flag in same:
-        if config[flag] != getattr(args, flag):
+        if config.get(flag) != getattr(args, flag):
             name = "batch_size, --accum_iter and processes: a total batch of" if flag == "total_batch" else flag
-            fail(f"--{name} {getattr(args, flag)}, but {path} was made with {config[flag]}; "
+            fail(f"--{name} {getattr(args, flag)}, but {path} was made with {config.get(flag)}; "
                  "give the same, or another --output_dir")
 
 
@@ -444,13 +461,14 @@ def extract(model, images: Images, indices: torch.Tensor, args, device) -> dict[
     mine = [(0, i) for i in indices[RANK::WORLD].tolist()]
     loader = make_loader(images.seen(eval_view, model.img_size), args.workers, device, sampler=mine,
                          batch_size=args.batch_size)
-    parts = dict(cls=[], mean=[], labels=[])
-    for batch, labels, _ in tqdm(loader, desc="features", leave=False, disable=RANK > 0):
+    parts, unreadable = dict(cls=[], mean=[], labels=[]), []
+    for batch, labels, bad in tqdm(loader, desc="features", leave=False, disable=RANK > 0):
         with autocast(device, args.precision):
             tokens = model.tokens(normalise(batch, device)).float()
         parts["cls"].append(tokens[:, 0].clone())  # a view would keep all the tokens
         parts["mean"].append(tokens[:, 1:].mean(1))
         parts["labels"].append(labels.to(device))
+        name_unreadable(images, bad, unreadable)
     model.train()
     return {name: gather(torch.cat(values), len(indices)) for name, values in parts.items()}
 
@@ -701,9 +719,7 @@ def train(args):
         loss = 0.0
         for micro in range(args.accum_iter):
             images, _, bad = next(batches)
-            for index in set(bad[bad >= 0].tolist()) - set(state["unreadable"]):
-                state["unreadable"].append(index)
-                tqdm.write(f"not readable as an image, left out: {data.images[index]}", file=sys.stderr)
+            name_unreadable(data, bad, state["unreadable"])
             torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties and stochastic orders
             sync = micro == args.accum_iter - 1 or WORLD == 1
             with contextlib.nullcontext() if sync else wrapped.no_sync():
@@ -893,7 +909,7 @@ def parse_args(argv=None):
     add("--clip_grad", type=float, default=3.0, help="0: do not clip")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16, but fp32 for vit_nano on a CPU")
     add("--compile", action="store_true", help="torch.compile")
-    add("--grad_checkpointing", action="store_true", help="a fifth of the memory for a third more time")
+    add("--grad_checkpointing", action="store_true", help="less memory, more time: blocks are computed again for backward")
     add("--workers", type=int, help="loader processes; default: as many as cores, at most 16 for each process")
     add("--seed", type=int, default=0)
     add("--save_every_minutes", type=float, default=10)
