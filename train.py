@@ -212,6 +212,7 @@ class Images(Dataset):
     def __init__(self, images, labels, classes, view=None, size=None, seed=0):
         self.images, self.labels, self.classes = images, labels, classes
         self.view, self.size, self.seed = view, size, seed
+        self.unreadable = []  # indices of the files that turned out to be
 
     def __len__(self):
         return len(self.images)
@@ -335,10 +336,10 @@ def own_group(_):
         os.setpgid(0, 0)
 
 
-def name_unreadable(images: Images, bad: torch.Tensor, known: list):
-    """Names the files of a batch that were not readable, and adds them to those that are known already."""
-    for index in sorted(set(bad[bad >= 0].tolist()) - set(known)):
-        known.append(index)
+def name_unreadable(images: Images, bad: torch.Tensor):
+    """Names and notes the files of a batch that were not readable, but for those that are noted already."""
+    for index in sorted(set(bad[bad >= 0].tolist()) - set(images.unreadable)):
+        images.unreadable.append(index)
         tqdm.write(f"not readable as an image, left out: {images.images[index]}", file=sys.stderr)
 
 
@@ -461,14 +462,14 @@ def extract(model, images: Images, indices: torch.Tensor, args, device) -> dict[
     mine = [(0, i) for i in indices[RANK::WORLD].tolist()]
     loader = make_loader(images.seen(eval_view, model.img_size), args.workers, device, sampler=mine,
                          batch_size=args.batch_size)
-    parts, unreadable = dict(cls=[], mean=[], labels=[]), []
+    parts = dict(cls=[], mean=[], labels=[])
     for batch, labels, bad in tqdm(loader, desc="features", leave=False, disable=RANK > 0):
         with autocast(device, args.precision):
             tokens = model.tokens(normalise(batch, device)).float()
         parts["cls"].append(tokens[:, 0].clone())  # a view would keep all the tokens
         parts["mean"].append(tokens[:, 1:].mean(1))
         parts["labels"].append(labels.to(device))
-        name_unreadable(images, bad, unreadable)
+        name_unreadable(images, bad)
     model.train()
     return {name: gather(torch.cat(values), len(indices)) for name, values in parts.items()}
 
@@ -658,6 +659,8 @@ def train(args):
         if len(set(steps)) > 1:
             fail(f"--output_dir {out}: the processes find different checkpoints; it must be on a disk that all share")
 
+    data.unreadable = state["unreadable"]
+
     few = val or data
     few = [few.seen(eval_view, args.img_size)[0, i][0]
            for i in torch.linspace(0, len(few) - 1, min(8, len(few))).long().tolist()]
@@ -665,8 +668,8 @@ def train(args):
     def save():
         if WORLD > 1:  # all come here at the same step: what each found unreadable, all know from now on
             found = [None] * WORLD
-            dist.all_gather_object(found, state["unreadable"])
-            state["unreadable"] = sorted(set().union(*found))
+            dist.all_gather_object(found, data.unreadable)
+            data.unreadable[:] = sorted(set().union(*found))
         if RANK == 0:
             ema = teacher.vit.state_dict() if args.target == "ema" else {}
             save_checkpoint(last, dict(model=model.state_dict(), config=vars(args), optimizer=optimizer.state_dict(),
@@ -719,7 +722,7 @@ def train(args):
         loss = 0.0
         for micro in range(args.accum_iter):
             images, _, bad = next(batches)
-            name_unreadable(data, bad, state["unreadable"])
+            name_unreadable(data, bad)
             torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties and stochastic orders
             sync = micro == args.accum_iter - 1 or WORLD == 1
             with contextlib.nullcontext() if sync else wrapped.no_sync():
@@ -758,7 +761,7 @@ def train(args):
                 save()
             except (SystemExit, OSError) as e:  # a full disk may have room again next time
                 if ending:
-                    raise SystemExit(str(e)) from None
+                    raise
                 say(f"{e}; training goes on")
             saved = time.monotonic()
         if stop_now:
@@ -909,7 +912,7 @@ def parse_args(argv=None):
     add("--clip_grad", type=float, default=3.0, help="0: do not clip")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16, but fp32 for vit_nano on a CPU")
     add("--compile", action="store_true", help="torch.compile")
-    add("--grad_checkpointing", action="store_true", help="less memory, more time: blocks are computed again for backward")
+    add("--grad_checkpointing", action="store_true", help="compute blocks twice, to keep less in memory")
     add("--workers", type=int, help="loader processes; default: as many as cores, at most 16 for each process")
     add("--seed", type=int, default=0)
     add("--save_every_minutes", type=float, default=10)
