@@ -292,6 +292,7 @@ def classify(args, device, weights, data: Images, val: Images):
             run.save("best.pt")
 
     run = Run(args, device, model, optimizer, SAME, best=-1.0)
+    data.unreadable = run.state["unreadable"]
     per_epoch = train.count_steps(args, len(data))
     stop = per_epoch * args.epochs
     say(f"{args.task} of {args.arch} from {args.checkpoint or 'random weights'}, {args.data}: {len(data):,} images, "

@@ -3,12 +3,18 @@
 Golden numbers were computed with the authors' release, on CPU in fp32, from weights, images and orders that a formula
 makes, so that no file has to travel; everything else is checked against its definition, written out here.
 """
+import contextlib
+import io
 import json
 import math
 import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -333,26 +339,27 @@ def test_compiles_without_a_graph_break():
     plain = model(images).loss
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images).loss, plain)
-    torch.compile(tiny(), fullgraph=True, backend="aot_eager")(images).loss.backward()  # the random ties too
+    model = tiny()  # the random ties too
+    model.grad_checkpointing = True
+    torch.compile(model, fullgraph=True, backend="aot_eager")(images).loss.backward()
 
 
-@pytest.mark.parametrize("bf16,compiled", ((False, False), (True, False), (True, True)))
-def test_grad_checkpointing_changes_the_memory_alone(bf16, compiled):
+@pytest.mark.parametrize("bf16", (False, True), ids=("fp32", "bf16"))
+def test_grad_checkpointing_changes_the_memory_alone(bf16):
     images, results = torch.randn(2, 3, 8, 8), []
     for checkpointing in (False, True):
         model, kept = tiny(), []
         model.grad_checkpointing = checkpointing
-        if compiled:
-            model.compile(fullgraph=True, backend="aot_eager")
         torch.manual_seed(1)  # for the ties
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with train.autocast(images.device, "bf16" if bf16 else "fp32"):
                 loss = model(images).loss
+                assert not bf16 or not torch.is_autocast_cache_enabled()
         loss.backward()
         results.append(([loss] + [p.grad for p in model.parameters() if p.requires_grad], sum(kept)))
     (plain, much), (again, little) = results
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
-    assert compiled or little < much / 2  # what a compiled model keeps, no hook sees
+    assert little < much / 2
 
 
 # ---------------------------------------------------------------- teachers and weight files ----
@@ -629,6 +636,101 @@ def test_decode_modes(tmp_path):
     assert decoded(Image.new("RGB", (6, 4)), "turned.jpg", exif=exif).size == (4, 6)
 
 
+WARTS = {  # as README's table calls it: its path
+    "CMYK JPEG": "cat/cmyk.jpg", "PNG named .JPEG": "cat/png.JPEG", "turned by EXIF": "cat/exif.jpg",
+    "grey JPEG": "cat/grey.jpg", "16-bit grey PNG": "cat/16bit.png",
+    "palette, its other colour transparent": "cat/palette.png", "1 x 1 pixel": "cat/1x1.png",
+    "20,000 x 30 pixels": "cat/wide.jpg", "TIFF of floats": "cat/float.tif",
+    "TIFF of 32-bit numbers": "cat/int.tif", "truncated JPEG": "cat/truncated.jpg", "empty file": "cat/empty.jpg",
+    "text named .jpg": "cat/text.jpg", "no permission to read": "cat/locked.jpg",
+    "broken link": "cat/link.jpg", "class folder with no image": "dog"}
+
+
+def make_warts(train):
+    """WARTS in that folder; all that can be decoded is red above blue, or white above grey."""
+    def halves(mode, top, bottom, size=(60, 40)):
+        image = Image.new(mode, size, top)
+        image.paste(bottom, (0, size[1] // 2, *size))
+        return image
+
+    picture, palette, turned = halves("RGB", "red", "blue"), halves("P", 1, 0), Image.Exif()
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    turned[0x0112] = 6  # by 90 degrees
+    cat = train / "cat"
+    cat.mkdir(parents=True)
+    (train / "dog").mkdir()
+    picture.convert("CMYK").save(cat / "cmyk.jpg")
+    picture.save(cat / "png.JPEG", "PNG")
+    picture.transpose(Image.Transpose.ROTATE_90).save(cat / "exif.jpg", exif=turned)
+    halves("L", 255, 128).save(cat / "grey.jpg")
+    Image.frombytes("I;16", (60, 40), b"\xff\xff" * 1200 + b"\x00\x80" * 1200).save(cat / "16bit.png")
+    palette.save(cat / "palette.png", transparency=0)
+    Image.new("RGB", (1, 1), "red").save(cat / "1x1.png")
+    halves("RGB", "red", "blue", (20_000, 30)).save(cat / "wide.jpg")
+    Image.new("F", (60, 40), 0.5).save(cat / "float.tif")
+    Image.new("I", (60, 40), 200).save(cat / "int.tif")
+    Image.effect_noise((60, 40), 50).save(cat / "truncated.jpg")
+    (cat / "truncated.jpg").write_bytes((cat / "truncated.jpg").read_bytes()[:-300])  # in the middle of its pixels
+    (cat / "empty.jpg").touch()
+    (cat / "text.jpg").write_text("no image")
+    picture.save(cat / "locked.jpg")
+    (cat / "locked.jpg").chmod(0)
+    (cat / "link.jpg").symlink_to("nowhere.jpg")
+
+
+def test_what_happens_to_each_wart(tmp_path, monkeypatch, capsys):
+    def colour(pixels):
+        names = dict(red=(255, 0, 0), blue=(0, 0, 255), white=(255, 255, 255), grey=(128, 128, 128), black=(0, 0, 0))
+        return min(names, key=lambda name: (pixels.float().mean((1, 2)) - torch.tensor(names[name])).norm())
+
+    def open_as_user(path, *args):  # root may read everything
+        if str(path).endswith("locked.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return image_open(path, *args)
+
+    make_warts(tmp_path / "data" / "train")
+    found, image_open = {name: tmp_path / "data" / "train" / path for name, path in WARTS.items()}, Image.open
+    monkeypatch.setattr(Image, "open", open_as_user)
+    images = train.load_data(str(tmp_path / "data"), "train")
+    assert len(images) == len(found) - 1 and images.classes == ["cat"]
+    run(tmp_path, "--batch_size", str(len(images)))  # each step sees each file
+    said, happened = capsys.readouterr().err, {}
+    for name, path in found.items():
+        if path.is_dir():
+            assert f"no class, for there is no image in it: {path}\n" in said
+            happened[name] = "named, no class"
+            continue
+        index = images.images.index(str(path))
+        views = [images.seen(view, 32)[0, index] for view in (train.eval_view, train.random_view)]
+        assert all(view.shape == (3, 32, 32) for view, _, _ in views)
+        if views[0][2] == views[1][2] == index:
+            assert said.count(f"not readable as an image, left out: {path}\n") == 1
+            happened[name] = "named, counted, left out"
+        else:
+            assert views[0][2] == views[1][2] == -1 and colour(views[1][0]) != "black"
+            top, bottom = colour(views[0][0][:, :12]), colour(views[0][0][:, -12:])
+            happened[name] = f"decoded: {top} above {bottom}" if top != bottom else f"decoded: {top}"
+    bad = list(happened.values()).count("named, counted, left out")
+    assert f"{bad} of {len(images)} files were not readable as images and left out" in said
+    table = "".join(f"| {name} | {what} |\n" for name, what in happened.items())
+    table = "| in the folder | what happened |\n|---|---|\n" + table
+    assert table in (Path(train.__file__).parent / "README.md").read_text(), table
+
+
+def test_a_long_strip_is_seen_by_its_middle(monkeypatch):
+    resize, shapes = train.v2.functional.resize, []
+    monkeypatch.setattr(train.v2.functional, "resize", lambda x, *args, **options: (
+        shapes.append(x.shape[1:]), resize(x, *args, **options))[1])
+    strip = Image.new("RGB", (20_000, 30))
+    strip.paste("white", (9_985, 0, 10_015, 30))
+    assert train.eval_view(strip, 224).float().mean() > 240
+    assert train.eval_view(strip.transpose(Image.Transpose.ROTATE_90), 224).float().mean() > 240
+    assert shapes == [(30, 120), (120, 30)]  # before it grows
+    image = train.v2.functional.to_pil_image(train.draw_shapes(1, 0)[0][0].repeat(1, 1, 3))  # an everyday shape
+    plain = train.v2.functional.resize(train.v2.functional.pil_to_tensor(image), [36], 3, antialias=True)
+    assert torch.equal(train.eval_view(image, 32), train.v2.functional.center_crop(plain, [32, 32]))
+
+
 def test_normalise():
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     expected = train.v2.functional.normalize(images.float() / 255, train.MEAN, train.STD)
@@ -678,8 +780,8 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 def same_weights(a, b, rtol=1e-4):
-    """Equal to fp32 rounding (1e-6), but for key biases: softmax cancels them, so that their gradient is rounding noise alone,
-    and Adam scales noise up to the learning rate."""
+    """Equal to 1e-6, which is fp32 rounding; but for key biases: softmax cancels them, so that their gradient is
+    rounding noise alone, and Adam scales noise up to the learning rate."""
     for name in a:
         x, y = (w[name].chunk(3)[::2] if "qkv.bias" in name else w[name] for w in (a, b))
         if not name.endswith("attn.k.bias"):
@@ -711,6 +813,45 @@ def test_a_cut_run_ends_bit_for_bit_like_a_whole_one(tmp_path, monkeypatch, work
     assert again["step"] == whole["step"] == 9
     for name, w in whole["model"].items():
         assert torch.equal(again["model"][name], w), name
+
+
+@pytest.mark.parametrize("place,step", (("step", 3), ("write", 2), ("renames", 2)))
+def test_kill_9_at_the_worst_moments(tmp_path, monkeypatch, place, step):
+    """In the middle of step 4, of the write after step 3, between the renames after step 3."""
+    flags, calls = ("--save_every_minutes", "0"), []
+    whole = run(tmp_path, out="whole")
+
+    def dies(function, nth, before=lambda *args: None):
+        def call(*args):
+            calls.append(1)
+            if len(calls) == nth:
+                before(*args)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+        return call
+
+    def half(checkpoint, file):
+        whole_file = io.BytesIO()
+        save(checkpoint, whole_file)
+        file.write(whole_file.getvalue()[:999_999])
+        file.flush()
+
+    save = torch.save
+    at = dict(step=(train, "clip_gradients", dies(train.clip_gradients, 4)),
+              write=(torch, "save", dies(torch.save, 3, half)),
+              renames=(os, "replace", dies(os.replace, 5)))[place]  # 1, then 2 for each save
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            monkeypatch.setattr(*at)
+            run(tmp_path, *flags)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert (tmp_path / "out" / "last.tmp").exists() == (place != "step")
+    assert (tmp_path / "out" / "last.pt").exists() == (place != "renames")
+    assert train.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == step
+    again = run(tmp_path)
+    assert all(torch.equal(again["model"][name], w) for name, w in whole["model"].items())
 
 
 def test_runs_with_a_teacher(tmp_path):
@@ -1113,6 +1254,7 @@ def splits(tmp_path_factory):
             if name[0] == "1":
                 run(root, *flags, out=out)
             else:
+                flags += ["--grad_checkpointing"] * (accum > 1)  # which changes nothing
                 together.append([*flags, *RUN, "--data", data, "--output_dir", out])
             ends[order, name] = out
     cut = ends["raster", "cut"] = root / "cut"
@@ -1207,6 +1349,9 @@ def test_bad_files(tmp_path):
     run(tmp_path)
     with pytest.raises(SystemExit, match="--arch vit_tiny, but .*last.pt was made with vit_nano"):
         run(tmp_path, "--arch", "vit_tiny", "--resume", str(tmp_path / "out" / "last.pt"), out="other")
+    torch.save(dict(model={}, config={}, step=1), tmp_path / "other.pt")
+    with pytest.raises(SystemExit, match="--arch vit_nano, but .*other.pt was made with None"):
+        run(tmp_path, "--resume", str(tmp_path / "other.pt"), out="other")
     with pytest.raises(SystemExit, match="--order raster, but .*last.pt was made with semantic"):
         run(tmp_path, "--order", "raster")
     (tmp_path / "data" / "val" / "cat").rename(tmp_path / "data" / "val" / "cow")
@@ -1216,18 +1361,28 @@ def test_bad_files(tmp_path):
 
 def test_an_unreadable_image_is_named_and_left_out(tmp_path, capsys):
     data = folder(tmp_path)
-    broken = data / "train" / "cat" / "0.jpg"
-    broken.write_bytes(broken.read_bytes()[:200])
-    assert run(tmp_path, data=data)["step"] == 6
+    broken = [data / "train" / "cat" / "0.jpg", data / "val" / "dog" / "13.jpg"]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:200])
+    assert run(tmp_path, "--knn_images", "100", data=data)["step"] == 6
     said = capsys.readouterr().err
-    assert said.count(f"left out: {broken}") == 1 and "1 of 12 files were not readable" in said
+    assert [said.count(f"left out: {path}") for path in broken] == [1, 1]
+    assert "1 of 12 files were not readable" in said
+
+
+def test_whatever_a_decoder_raises_the_next_image_stands_in(tmp_path, monkeypatch):
+    images = train.load_data(str(folder(tmp_path)), "train").seen(train.eval_view, 32)
+    next_one, decode = images[0, 6], train.decode
+    monkeypatch.setattr(train, "decode", lambda path: decode(path) if path != images.images[5] else {}["no such tag"])
+    view, label, bad = images[0, 5]
+    assert torch.equal(view, next_one[0]) and label == next_one[1] == 1 and bad == 5
 
 
 def test_nothing_but_unreadable_images(tmp_path):
     data = folder(tmp_path)
     for path in data.glob("train/*/*"):
         path.write_text("no image")
-    with pytest.raises(SystemExit, match="^error: 100 files in a row are not readable as images, the first is .*train"):
+    with pytest.raises(SystemExit, match=r"^error: 100 files in a row .* images \(Uni\w+\), the first is .*train"):
         run(tmp_path, data=data)
 
 
@@ -1243,7 +1398,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
 def test_the_checkpoint_before_a_bad_one_is_taken(tmp_path, capsys, damage):
     whole = run(tmp_path, out="whole")
     run(tmp_path, "--save_every_minutes", "0", "--steps", "4")
-    assert "stopped after step 4 of 6" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stopped after step 4 of 6" in said and "the same command without --steps goes on" in said
     last = tmp_path / "out" / "last.pt"
     if damage == "torn":
         last.write_bytes(last.read_bytes()[:9999])
@@ -1272,13 +1428,13 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_file(tmp_path, monkeypatc
     limits, clip = resource.getrlimit(resource.RLIMIT_FSIZE), train.clip_gradients
     run(tmp_path, "--steps", "3")
 
-    def full(*args):  # from step 4 on, no file has room for more than 99 bytes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (99, limits[1]))
+    def full(*args):  # from step 4 on, there is room for a fifth of a line in the log
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "out" / "log.jsonl").stat().st_size + 30, limits[1]))
         return clip(*args)
 
     monkeypatch.setattr(train, "clip_gradients", full)
     try:
-        with pytest.raises(SystemExit, match=r"^error: .*last.pt could not be written \(.*; the checkpoint before") as e:
+        with pytest.raises(SystemExit, match=r"^error: .*last.pt could not be written \(.*; the checkpoint b") as e:
             run(tmp_path, "--save_every_minutes", "0")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -1287,10 +1443,75 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_file(tmp_path, monkeypatc
     assert said.count("the checkpoint before it is kept; training goes on") == 2  # steps 4 and 5; 6 is the last
     assert "log.jsonl lacks a line" in said
     assert train.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 3
+    assert not (tmp_path / "out" / "log.jsonl").read_text().endswith("}\n")
     assert not (tmp_path / "out" / "last.tmp").exists()
     monkeypatch.setattr(train, "clip_gradients", clip)
     assert run(tmp_path)["step"] == 6  # there is room again, and the torn line of the log does no harm
 
 
+# ---------------------------------------------------------------- chaos ----
+
+
+def interrupted(out, number, seconds, *command):
+    """Starts the command and sends it, or one of torchrun's processes, the signal, at a random moment of the `seconds`
+    that follow the first save -> its output and exit status."""
+    process = start(*command)
+    while not (out / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, seconds))
+    victims = [process.pid]
+    if "-m" in command:
+        victims = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    if process.poll() is None and victims:
+        os.kill(int(random.choice(victims)), number)
+    said = process.communicate()[0]
+    return said, process.returncode
+
+
+def chaos():
+    """Cuts runs of 24 steps at random moments, lets each go on, and compares its weights with an uncut run's, bit for
+    bit; a save follows every step, so that many cuts fall into one. -> exit status"""
+    single, pair = (train.__file__,), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    kinds = {"kill -9": (20, signal.SIGKILL, single, single), "SIGTERM": (5, signal.SIGTERM, single, single),
+             "kill -9 of one of two processes under --max-restarts": (
+                 3, signal.SIGKILL, (*pair, *single), (*pair, "--max-restarts=1", *single))}
+    summary, failed = [], 0
+    with tempfile.TemporaryDirectory() as root:
+        root = Path(root)
+        flags = [*RUN, "--data", folder(root), "--epochs", "8", "--save_every_minutes", "0"]
+        for name, (count, number, plain, command) in kinds.items():
+            start(*plain, *flags, "--output_dir", root / f"whole {name}").communicate()
+            whole = train.load_checkpoint(root / f"whole {name}" / "last.pt")
+            seconds = whole["seconds"]
+            expected = -number if command == single and number == signal.SIGKILL else 0  # exit status
+            done = same = inside = 0
+            while done < count:
+                out, workers = root / f"{name} {time.time()}", (0, 2)[done % 2]
+                mine = [*flags, "--workers", workers, "--output_dir", out]
+                said, status = interrupted(out, number, seconds, *command, *mine)
+                writing = (out / "last.tmp").exists()
+                step = train.load_checkpoint(out / "last.pt")["step"]
+                if command != single:  # it has gone on by itself
+                    step = int((re.findall(r"going on from step (\d+)", said) or [step])[-1])
+                if step == 24:  # the signal came too late: once more, sooner
+                    seconds *= 0.8
+                    continue
+                if command == single:
+                    with contextlib.redirect_stderr(io.StringIO()):
+                        train.main([str(flag) for flag in mine])
+                end = train.load_checkpoint(out / "last.pt")
+                told = number == signal.SIGKILL or f"stopped after step {step} of 24" in said
+                good = status == expected and told and end["step"] == 24 and all(
+                    torch.equal(end["model"][key], w) for key, w in whole["model"].items())
+                done, same, inside, failed = done + 1, same + good, inside + writing, failed + (not good)
+                print(f"{name}, {workers} workers{', inside a write' * writing}, gone on from step {step} of 24: "
+                      + ("identical" if good else f"DIFFERENT, exit status {status}\n{said}"), flush=True)
+            summary.append(f"{name}: {same} of {count} identical" + f", {inside} cut inside a write" * (inside > 0))
+    print("\n".join(summary))
+    return min(failed, 1)
+
+
 if __name__ == "__main__":
+    if "--chaos" in sys.argv:
+        sys.exit(chaos())
     sys.exit(pytest.main(["-q", __file__, *sys.argv[1:]]))

@@ -160,6 +160,8 @@ def decode(path: str) -> Image.Image:
     """The image in a file as RGB, upright, whatever its mode and whatever its name says."""
     with Image.open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("32 bits a pixel, and nothing says which value is white")
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
             image = image.point(lambda value: value / 256).convert("L")
         if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):  # on white, as it is meant to be seen
@@ -196,6 +198,8 @@ def eval_view(image, size: int) -> torch.Tensor:
     data set of small, framed ones -> resized whole. Either way uint8 (3, size, size)."""
     if torch.is_tensor(image):
         return to_square(image, size)
+    long = 4 * min(image.size)  # of a strip 20,000 pixels long: its middle, before resizing makes it longer still
+    image = v2.functional.center_crop(image, [min(image.height, long), min(image.width, long)])
     image = v2.functional.pil_to_tensor(image)
     image = v2.functional.resize(image, [size * 256 // 224], v2.InterpolationMode.BICUBIC, antialias=True)
     return v2.functional.center_crop(image, [size, size])
@@ -215,13 +219,16 @@ class Images(Dataset):
     def __init__(self, images, labels, classes, view=None, size=None, seed=0):
         self.images, self.labels, self.classes = images, labels, classes
         self.view, self.size, self.seed = view, size, seed
+        self.unreadable = []  # indices of the files that turned out to be
 
     def __len__(self):
         return len(self.images)
 
     def seen(self, view, size: int, seed: int = 0) -> "Images":
         """The same images through random_view or eval_view."""
-        return Images(self.images, self.labels, self.classes, view, size, seed)
+        images = Images(self.images, self.labels, self.classes, view, size, seed)
+        images.unreadable = self.unreadable  # known to all views
+        return images
 
     def subset(self, indices: torch.Tensor) -> "Images":
         """Some of the images: indices (n,)."""
@@ -238,10 +245,11 @@ class Images(Dataset):
                 image = self.images[other]
                 image = decode(image) if isinstance(image, str) else image
                 break
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # all that Pillow raises
-                bad = index
+            except Exception as e:  # Pillow raises a dozen kinds, whatever a broken file leads it into
+                bad, why = index, type(e).__name__
         else:
-            raise UnreadableError(f"100 files in a row are not readable as images, the first is {self.images[index]}")
+            raise UnreadableError(f"100 files in a row are not readable as images ({why}), the first is "
+                                  f"{self.images[index]}")
         return self.view(image, self.size), -1 if self.labels is None else int(self.labels[other]), bad
 
 
@@ -250,8 +258,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 def list_images(root: Path) -> list[str]:
     """All image files below root, sorted."""
-    files = (os.path.join(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-    return sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
+    return sorted(f"{folder}{os.sep}{name}" for folder, _, names in os.walk(root, followlinks=True)
+                  for name in names if name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def load_data(data: str, split: str, data_root: str = "data", classes=None):
@@ -288,10 +296,15 @@ def load_data(data: str, split: str, data_root: str = "data", classes=None):
     paths = list_images(folder)
     if not paths:
         fail(f"--data {data}: no images in {folder}")
-    names = [path[len(str(folder)) + 1:].split(os.sep)[0] for path in paths]
-    found = sorted(set(names))
-    if folder == root or not all((folder / name).is_dir() for name in found):
+    skip = len(str(folder)) + 1
+    names = [path[skip:].split(os.sep)[0] for path in paths]
+    found, folders = sorted(set(names)), {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    if folder == root or not set(found) <= folders:
         return Images(paths, None, None)  # no class folders
+    empty = sorted(folders - set(found))
+    if empty:
+        say(f"--data {data}: no class, for there is no image in it: {folder / empty[0]}"
+            + (f" (and in {len(empty) - 1} more)" if len(empty) > 1 else ""))
     classes = classes or found
     if not set(found) <= set(classes):
         fail(f"--data {data}: {folder.name} has a class that train has not: {min(set(found) - set(classes))}")
@@ -335,6 +348,13 @@ def own_group(_):
     until the running step is done."""
     if os.name == "posix":
         os.setpgid(0, 0)
+
+
+def name_unreadable(images: Images, bad: torch.Tensor):
+    """Names and notes the files of a batch that were not readable, but for those that are noted already."""
+    for index in sorted(set(bad[bad >= 0].tolist()) - set(images.unreadable)):
+        images.unreadable.append(index)
+        tqdm.write(f"not readable as an image, left out: {images.images[index]}", file=sys.stderr)
 
 
 def normalise(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -457,21 +477,22 @@ def check_resume(path, args, config: dict, same=SAME):
 
 
 @torch.no_grad()
-def infer(function, images: Images, size: int, args, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """function: normalised images (n, 3, size, size) -> (n, ...). Returns its values for all images in evaluation view,
-    and their labels (n,). The processes share the work, each image is counted once, unreadable ones are left out."""
-    if len(images) < WORLD:
-        fail(f"--data {args.data}: {len(images)} images are fewer than {WORLD} processes")
-    mine = [(0, i) for i in range(RANK, len(images), WORLD)]
-    loader = make_loader(images.seen(eval_view, size), args.workers, device, sampler=mine, batch_size=args.batch_size)
+def infer(function, images: Images, size: int, args, device, indices=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """function: normalised images (n, 3, size, size) -> (n, ...). Returns its values for all images, or those of the
+    indices, in evaluation view, and their labels (n,). The processes share the work, each image is counted once,
+    unreadable ones are left out."""
+    indices = range(len(images)) if indices is None else indices.tolist()
+    if len(indices) < WORLD:
+        fail(f"--data {args.data}: {len(indices)} images are fewer than {WORLD} processes")
+    loader = make_loader(images.seen(eval_view, size), args.workers, device, batch_size=args.batch_size,
+                         sampler=[(0, i) for i in indices[RANK::WORLD]])
     values, labels = [], []
     for batch, label, bad in tqdm(loader, desc="evaluating", leave=False, disable=RANK > 0):
         with autocast(device, args.precision):
             values.append(function(normalise(batch, device)))
         labels.append(torch.where(bad < 0, label, -1).to(device))
-    values, labels = gather(torch.cat(values), len(images)), gather(torch.cat(labels), len(images))
-    if (labels < 0).any():
-        say(f"{(labels < 0).sum()} of {len(images)} files are not readable as images, and not counted")
+        name_unreadable(images, bad)
+    values, labels = gather(torch.cat(values), len(indices)), gather(torch.cat(labels), len(indices))
     return values[labels >= 0], labels[labels >= 0]
 
 
@@ -501,8 +522,8 @@ def knn_accuracy(model, train: Images, val: Images, args, device) -> dict[str, f
 
     model.eval()
     (bank, labels), (queries, truth) = (
-        infer(features, data.subset(torch.linspace(0, len(data) - 1, min(len(data), args.knn_images)).long()),
-              args.img_size, args, device) for data in (train, val))
+        infer(features, data, args.img_size, args, device,
+              torch.linspace(0, len(data) - 1, min(len(data), args.knn_images)).long()) for data in (train, val))
     model.train()
     return {pool: 100 * (knn_votes(queries[:, i], bank[:, i], labels, len(train.classes), min(20, len(labels)))
                          .argmax(1) == truth).float().mean().item() for i, pool in enumerate(("cls", "mean"))}
@@ -665,7 +686,7 @@ class Run:
         if WORLD > 1:  # what each found unreadable, all know from now on
             found = [None] * WORLD
             dist.all_gather_object(found, self.state["unreadable"])
-            self.state["unreadable"] = sorted(set().union(*found))
+            self.state["unreadable"][:] = sorted(set().union(*found))
         if RANK == 0:
             save_checkpoint(self.out / name, dict(
                 model=self.model.state_dict(), config=vars(self.args), optimizer=self.optimizer.state_dict(),
@@ -724,9 +745,7 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
         loss = 0.0
         for micro in range(args.accum_iter):
             images, labels, bad = next(batches)
-            for index in set(bad[bad >= 0].tolist()) - set(state["unreadable"]):
-                state["unreadable"].append(index)
-                tqdm.write(f"not readable as an image, left out: {views.images[index]}", file=sys.stderr)
+            name_unreadable(views, bad)
             torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties, stochastic orders, mixing
             images, labels = normalise(images, device), labels.to(device)
             sync = micro == args.accum_iter - 1 or WORLD == 1
@@ -768,7 +787,7 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
                     on_save()
             except (SystemExit, OSError) as e:  # a full disk may have room again next time
                 if ending:
-                    raise SystemExit(str(e)) from None
+                    raise
                 say(f"{e}; training goes on")
             saved = time.monotonic()
         if stop_now:
@@ -799,6 +818,8 @@ def train(args):
     stop = steps_per_epoch * args.epochs
     run = Run(args, device, model, make_optimizer(model, args.weight_decay), knn_before=None,
               ema=teacher.vit if args.target == "ema" else None)
+
+    data.unreadable = run.state["unreadable"]
 
     few = val or data
     few = [few.seen(eval_view, args.img_size)[0, i][0]
@@ -992,7 +1013,7 @@ def parse_args(argv=None):
     add("--loss", default="l2", choices=("l2", "l1"))
     add("--head", default="mlp", choices=("mlp", "linear"))
     add("--query_depth", type=int)
-    add("--grad_checkpointing", action="store_true", help="a fifth of the memory for a third more time")
+    add("--grad_checkpointing", action="store_true", help="compute blocks twice, to keep less in memory")
     add("--knn_images", type=int, default=60_000, help="at most so many of train and of val; 0: no k-NN")
     add("--checkpoint", help="weights to start from: any file that semaim.load_weights knows")
     add("--export", help="write the encoder of --checkpoint to this file, in timm's names, and stop")
