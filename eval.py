@@ -134,9 +134,9 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
 # ---------------------------------------------------------------- views ----
 
 
-def probe_view(image, size: int) -> torch.Tensor:
-    """Resize to 256/224 of the size, random crop, flip: Pillow image or uint8 (3, H, W) -> uint8 (3, size, size)."""
-    side = min(v2.functional.get_size(image)) * 224 // 256 or 1
+def probe_view(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize to 256/224 of the size, random crop, flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
+    side = min(image.shape[1:]) * 224 // 256 or 1
     return train.cut(image, *v1.RandomCrop.get_params(image, (side, side)), size)
 
 
@@ -148,8 +148,8 @@ def augmentation(randaugment: int, erasing: float) -> v2.Transform:
                        v2.RandomErasing(erasing, value=grey)])
 
 
-def augmented_view(image, size: int, smallest: float, then) -> torch.Tensor:
-    """Pillow image or uint8 (3, H, W) -> uint8 (3, size, size): random_view, and what comes after it."""
+def augmented_view(image: torch.Tensor, size: int, smallest: float, then) -> torch.Tensor:
+    """uint8 (3, H, W) -> uint8 (3, size, size): random_view, and what comes after it."""
     return then(train.random_view(image, size, smallest))
 
 

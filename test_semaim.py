@@ -31,6 +31,7 @@ from semaim import (ORDERS, SemAIM, ViT, autoregressive_masks, feature_loss, pat
 
 GRIDS = (4, 7, 14, 24)
 torch.set_num_threads(1)  # everything here is small
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # train.py knows
 
 # ---------------------------------------------------------------- the authors' numbers ----
 
@@ -619,15 +620,20 @@ def test_views_depend_on_seed_epoch_and_index_alone(tmp_path):
     assert not torch.equal(images.seen(train.random_view, 32, seed=2)[0, 3][0], first)
 
 
-def test_decode_modes(tmp_path):
+@pytest.mark.parametrize("without_torchvision", (False, True))
+def test_decode_modes(tmp_path, monkeypatch, without_torchvision):
+    if without_torchvision:
+        monkeypatch.setattr(train, "decode_jpeg", None)
+
     def decoded(image, name="x.png", **options):
         image.save(tmp_path / name, **options)
-        return train.decode(tmp_path / name)
+        return train.v2.functional.to_pil_image(train.decode(str(tmp_path / name)))
 
     assert decoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "cmyk.jpg").getpixel((0, 0))[0] > 200  # red
     assert decoded(Image.new("I;16", (4, 4), 128 * 256)).getpixel((0, 0)) == (128, 128, 128)
     assert decoded(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    assert decoded(Image.new("L", (4, 4), 7)).mode == "RGB"
+    for name in ("x.png", "x.jpg"):
+        assert decoded(Image.new("L", (4, 4), 7), name).getpixel((0, 0)) == (7, 7, 7)
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     assert decoded(palette, transparency=0).getpixel((0, 0)) == (10, 200, 30)
@@ -683,14 +689,17 @@ def test_what_happens_to_each_wart(tmp_path, monkeypatch, capsys):
         names = dict(red=(255, 0, 0), blue=(0, 0, 255), white=(255, 255, 255), grey=(128, 128, 128), black=(0, 0, 0))
         return min(names, key=lambda name: (pixels.float().mean((1, 2)) - torch.tensor(names[name])).norm())
 
-    def open_as_user(path, *args):  # root may read everything
-        if str(path).endswith("locked.jpg"):
-            raise PermissionError(13, "Permission denied", path)
-        return image_open(path, *args)
+    def as_user(read, error):  # root may read everything
+        def reading(path, *args):
+            if str(path).endswith("locked.jpg"):
+                raise error
+            return read(path, *args)
+        return reading
 
     make_warts(tmp_path / "data" / "train")
-    found, image_open = {name: tmp_path / "data" / "train" / path for name, path in WARTS.items()}, Image.open
-    monkeypatch.setattr(Image, "open", open_as_user)
+    found = {name: tmp_path / "data" / "train" / path for name, path in WARTS.items()}
+    monkeypatch.setattr(Image, "open", as_user(Image.open, PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(train, "read_file", as_user(train.read_file, RuntimeError("Permission denied")))
     images = train.load_data(str(tmp_path / "data"), "train")
     assert len(images) == len(found) - 1 and images.classes == ["cat"]
     run(tmp_path, "--batch_size", str(len(images)))  # each step sees each file
@@ -721,14 +730,23 @@ def test_a_long_strip_is_seen_by_its_middle(monkeypatch):
     resize, shapes = train.v2.functional.resize, []
     monkeypatch.setattr(train.v2.functional, "resize", lambda x, *args, **options: (
         shapes.append(x.shape[1:]), resize(x, *args, **options))[1])
-    strip = Image.new("RGB", (20_000, 30))
-    strip.paste("white", (9_985, 0, 10_015, 30))
+    strip = torch.zeros(3, 30, 20_000, dtype=torch.uint8)
+    strip[:, :, 9_985:10_015] = 255
     assert train.eval_view(strip, 224).float().mean() > 240
-    assert train.eval_view(strip.transpose(Image.Transpose.ROTATE_90), 224).float().mean() > 240
+    assert train.eval_view(strip.mT, 224).float().mean() > 240
     assert shapes == [(30, 120), (120, 30)]  # before it grows
-    image = train.v2.functional.to_pil_image(train.draw_shapes(1, 0)[0][0].repeat(1, 1, 3))  # an everyday shape
-    plain = train.v2.functional.resize(train.v2.functional.pil_to_tensor(image), [36], 3, antialias=True)
-    assert torch.equal(train.eval_view(image, 32), train.v2.functional.center_crop(plain, [32, 32]))
+
+
+def test_evaluation_sees_the_centre_of_photographs_and_the_whole_of_small_squares():
+    image = train.draw_shapes(1, 0)[0][0]
+    bicubic = dict(interpolation=train.v2.InterpolationMode.BICUBIC, antialias=True)
+    wide = image.repeat(1, 1, 3)
+    plain = train.v2.functional.resize(wide, [36], **bicubic)
+    assert torch.equal(train.eval_view(wide, 32), train.v2.functional.center_crop(plain, [32, 32]))
+    assert torch.equal(train.eval_view(image, 32), train.v2.functional.resize(image, [32, 32], **bicubic))
+    large = image.repeat(1, 2, 2)
+    plain = train.v2.functional.resize(large, [36], **bicubic)
+    assert torch.equal(train.eval_view(large, 32), train.v2.functional.center_crop(plain, [32, 32]))
 
 
 def test_normalise():
@@ -1089,11 +1107,9 @@ def test_mixing_and_smoothing_make_soft_targets(monkeypatch, tmp_path, capsys, p
 
 def test_views_of_evaluation():
     image = train.draw_shapes(1, 3)[0][0]
-    for picture in (image, train.v2.functional.to_pil_image(image)):
-        torch.manual_seed(0)
-        views = [evaluation.probe_view(picture, 32) for _ in range(20)]
-        assert {view.shape for view in views} == {(3, 32, 32)} and {view.dtype for view in views} == {torch.uint8}
-        assert len({tuple(view.flatten().tolist()) for view in views}) > 10
+    views = [evaluation.probe_view(image, 32) for _ in range(20)]
+    assert {view.shape for view in views} == {(3, 32, 32)} and {view.dtype for view in views} == {torch.uint8}
+    assert len({tuple(view.flatten().tolist()) for view in views}) > 10
     then = evaluation.augmentation(randaugment=9, erasing=1.0)
     views = [evaluation.augmented_view(image, 32, smallest=1.0, then=then) for _ in range(20)]
     assert {(view.shape, view.dtype) for view in views} == {((3, 32, 32), torch.uint8)}

@@ -33,6 +33,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+try:  # faster than Pillow, but torchvision means to give it up: from then on Pillow does it all
+    from torchvision.io import decode_jpeg, read_file
+except ImportError:
+    decode_jpeg = None
+
 from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, Output, SemAIM, ema_teacher, ema_update, encoder_weights,
                     load_teacher, load_weights, patch_order, pixel_target, similarity_map, unpatchify)
 
@@ -156,8 +161,15 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     return (image * 255).clamp(0, 255).byte(), labels
 
 
-def decode(path: str) -> Image.Image:
-    """The image in a file as RGB, upright, whatever its mode and whatever its name says."""
+def decode(path: str) -> torch.Tensor:
+    """The image in a file as uint8 RGB (3, H, W), upright, whatever its mode and whatever its name says."""
+    if decode_jpeg:
+        try:
+            image = decode_jpeg(read_file(path), apply_exif_orientation=True)
+            if len(image) == 3:
+                return image
+        except RuntimeError:  # no JPEG, or a broken one: Pillow knows better
+            pass
     with Image.open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
@@ -167,8 +179,7 @@ def decode(path: str) -> Image.Image:
         if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):  # on white, as it is meant to be seen
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
 def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -176,31 +187,25 @@ def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
     return v2.functional.resize(image, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def cut(image, top: int, left: int, height: int, width: int, size: int) -> torch.Tensor:
-    """A box of a Pillow image or of uint8 (3, H, W) -> uint8 (3, size, size), flipped or not. It is cut out before a
-    tensor is made, which halves the work after decoding."""
-    if isinstance(image, Image.Image):
-        image = v2.functional.pil_to_tensor(image.crop((left, top, left + width, top + height)))
-    else:
-        image = image[:, top:top + height, left:left + width]
-    image = to_square(image, size)
+def cut(image: torch.Tensor, top: int, left: int, height: int, width: int, size: int) -> torch.Tensor:
+    """A box of uint8 (3, H, W) -> uint8 (3, size, size), flipped or not."""
+    image = to_square(image[:, top:top + height, left:left + width], size)
     return image.flip(-1) if torch.rand(1) < 0.5 else image
 
 
-def random_view(image, size: int, smallest: float = 0.2) -> torch.Tensor:
-    """Pre-training augmentation, RandomResizedCrop(smallest-1) and flip: Pillow image or uint8 (3, H, W) -> uint8
-    (3, size, size)."""
+def random_view(image: torch.Tensor, size: int, smallest: float = 0.2) -> torch.Tensor:
+    """Pre-training augmentation, RandomResizedCrop(smallest-1) and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
     return cut(image, *v1.RandomResizedCrop.get_params(image, (smallest, 1), (3 / 4, 4 / 3)), size)
 
 
-def eval_view(image, size: int) -> torch.Tensor:
-    """Evaluation: Pillow image -> short side to 256/224 of the size, centre cut out; uint8 (3, H, W), an image of a
-    data set of small, framed ones -> resized whole. Either way uint8 (3, size, size)."""
-    if torch.is_tensor(image):
+def eval_view(image: torch.Tensor, size: int) -> torch.Tensor:
+    """Evaluation: short side to 256/224 of the size, centre cut out; but a square of at most 64 pixels, as data sets of
+    small images have them, is framed already and resized whole. uint8 (3, H, W) -> uint8 (3, size, size)."""
+    height, width = image.shape[1:]
+    if height == width <= 64:
         return to_square(image, size)
-    long = 4 * min(image.size)  # of a strip 20,000 pixels long: its middle, before resizing makes it longer still
-    image = v2.functional.center_crop(image, [min(image.height, long), min(image.width, long)])
-    image = v2.functional.pil_to_tensor(image)
+    long = 4 * min(height, width)  # of a strip 20,000 pixels long: its middle, before resizing makes it longer still
+    image = v2.functional.center_crop(image, [min(height, long), min(width, long)])
     image = v2.functional.resize(image, [size * 256 // 224], v2.InterpolationMode.BICUBIC, antialias=True)
     return v2.functional.center_crop(image, [size, size])
 
