@@ -38,8 +38,8 @@ RECIPES = {
 NANO = {
     "knn": {},
     "linear": dict(batch_size=256, total_batch=256, epochs=10),
-    "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1, blr=2e-3, drop_path=0.0, crop_min=0.6, randaugment=0,
-                     erasing=0.0, mixup=0.0, cutmix=0.0),
+    "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1, blr=2e-3, layer_decay=0.75, drop_path=0.0,
+                     crop_min=0.6, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0),
 }
 SAME = ("task", "checkpoint", "arch", "img_size", "patch_size", "pool", "data", "label_fraction", "seed", "total_batch",
         "weight_decay", "layer_decay")  # what a run that goes on must not change

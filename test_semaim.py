@@ -1056,7 +1056,7 @@ def test_finetuning_learns_and_scores_again(tmp_path, capsys, pretrained):
     last = torch.load(tmp_path / "eval" / "last.pt", weights_only=True)
     lr = train.learning_rate(5 / 3, 2e-3 * 4 / 256, 1, 2, 1e-6)
     found = {group["lr"] for group in last["optimizer"]["param_groups"]}
-    assert sorted(found) == pytest.approx(sorted(lr * 0.65 ** i for i in range(6)))
+    assert sorted(found) == pytest.approx(sorted(lr * 0.75 ** i for i in range(6)))
     before = torch.load(pretrained, weights_only=True)["model"]
     changed = [name for name, w in last["model"].items() if name in before and not torch.equal(w, before[name])]
     assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.3.mlp.fc2.bias"} <= set(changed)

@@ -385,17 +385,17 @@ def ema_decay(epoch: float) -> float:
     return 0.999 + 0.0009 * min(epoch / 100, 1)
 
 
-def adamw(groups: list[dict], betas: tuple[float, float]) -> torch.optim.AdamW:
+def adamw(groups: list[dict], betas: tuple[float, float], lr: float = 0.0) -> torch.optim.AdamW:
     """AdamW, in one kernel for all parameters where the device has it."""
     fused = groups[0]["params"][0].device.type in ("cuda", "cpu") or None
-    return torch.optim.AdamW(groups, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr, betas, fused=fused)
 
 
-def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW in two groups: no weight decay for biases and other 1-D parameters."""
+def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.AdamW:
+    """AdamW in two groups: no weight decay for biases and other 1-D parameters. (The loop sets lr in each step.)"""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return adamw([dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
-                  dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)], betas=(0.9, 0.95))
+                  dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)], (0.9, 0.95), lr)
 
 
 # ---------------------------------------------------------------- checkpoints ----
