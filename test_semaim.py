@@ -1331,6 +1331,34 @@ def test_a_process_that_fails_brings_all_down_and_a_restart_goes_on(splits):
     assert all(torch.equal(again[name], w) for name, w in whole["model"].items())
 
 
+# ---------------------------------------------------------------- README ----
+
+
+README = (Path(__file__).parent / "README.md").read_text()
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+    vit = ViT(64, 8, 96, 4, 3)
+    vit.load_state_dict(torch.load("encoder.pth", weights_only=True))
+
+
+def test_readme_commands_parse():
+    commands = [line.split("#")[0] for block in re.findall(r"```(?:ba)?sh\n(.*?)```", README, re.DOTALL)
+                for line in block.splitlines()]
+    parsed = 0
+    for command in commands:
+        for script, parse in (("train.py", train.parse_args), ("eval.py", evaluation.parse_args)):
+            if f" {script}" in command:
+                parse(command.split(f" {script}")[1].split())
+                parsed += 1
+    assert parsed > 10
+
+
 # ---------------------------------------------------------------- what a user can get wrong ----
 
 
