@@ -233,6 +233,7 @@ def linear_cached(args, device, weights, data: Images, val: Images):
     norm = probe.head[0]
     norm.running_mean, norm.running_var = x.mean(0), x.var(0)
     x = norm(x)
+    torch.manual_seed(args.seed)  # the loader has left the generator who knows where
     order = torch.randperm(len(x))
     held, rest = order[:-(-len(x) // 10)], order[-(-len(x) // 10):]
     lrs = [args.blr * args.total_batch / 256 * factor for factor in (0.03, 0.1, 0.3, 1, 3, 10)]

@@ -343,7 +343,8 @@ class Batches(Sampler):
 
 
 def make_loader(images: Images, workers: int, device: torch.device, **sampling) -> DataLoader:
-    """DataLoader over keys; sampling: batch_sampler=, or sampler= and batch_size=."""
+    """DataLoader over keys; sampling: batch_sampler=, or sampler= and batch_size=. Batches makes one stream of all
+    epochs, so that workers live as long as the run and prefetch past the end of an epoch without being told to."""
     return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=own_group,
                       **sampling)
 
@@ -737,7 +738,7 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     batches = iter(make_loader(views, args.workers, device, batch_sampler=Batches(
-        len(views), args.total_batch, args.accum_iter, args.seed, state["step"], end)))
+        len(views), args.total_batch, args.accum_iter, args.seed, state["step"], stop)))
     bar = tqdm(total=stop, initial=state["step"], unit="step", disable=RANK > 0, smoothing=0.05)
     saved = logged = time.monotonic()
     logged_step = state["step"]
