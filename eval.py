@@ -244,7 +244,7 @@ def linear_cached(args, device, weights, data: Images, val: Images):
     guesses, truth = infer(lambda images: best_five(probe(images)), val, args.img_size, args, device)
     report(args, guesses, truth, data.classes, lr=lr)
     if RANK == 0:
-        train.save_checkpoint(Path(args.output_dir) / "best.pt", dict(model=probe.state_dict(), config=vars(args)))
+        train.save_checkpoint(Path(args.output_dir) / "cached.pt", dict(model=probe.state_dict(), config=vars(args)))
 
 
 # ---------------------------------------------------------------- linear probe and fine-tuning ----
@@ -377,7 +377,7 @@ def evaluate(args):
         fail(f"--img_size {args.img_size} is not a multiple of the patch size, {args.patch_size}")
     if args.task == "knn":
         return knn(args, device, weights, data, val)
-    if args.cache_features and args.task == "linear":
+    if args.task == "linear" and args.cache_features and not args.eval_only:
         return linear_cached(args, device, weights, data, val)
     return classify(args, device, weights, data, val)
 

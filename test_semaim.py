@@ -988,12 +988,13 @@ def test_knn_by_eval_equals_brute_force(tmp_path, capsys, pretrained):
 @pytest.mark.parametrize("flags", (["--epochs", "1"], ["--epochs", "1", "--pool", "mean"], ["--cache_features"]))
 def test_linear_probe_leaves_the_backbone_alone(tmp_path, capsys, pretrained, flags):
     result = score(tmp_path, capsys, "linear", "--checkpoint", pretrained, "--batch_size", "4", *flags)
-    probe = torch.load(tmp_path / "eval" / "best.pt", weights_only=True)["model"]
+    file = tmp_path / "eval" / ("cached.pt" if "--cache_features" in flags else "best.pt")
+    probe = torch.load(file, weights_only=True)["model"]
     before = torch.load(pretrained, weights_only=True)["model"]
     frozen = {name: w for name, w in probe.items() if name.startswith("backbone.")}
     assert len(frozen) > 50 and all(torch.equal(w, before[name[9:]]) for name, w in frozen.items())
     assert probe["head.0.running_mean"].abs().sum() > 0 and probe["head.1.bias"].abs().sum() > 0
-    flags = [*flags, "--eval_only", "--checkpoint", str(tmp_path / "eval" / "best.pt")]
+    flags = [flag for flag in flags if flag != "--cache_features"] + ["--eval_only", "--checkpoint", str(file)]
     assert score(tmp_path, capsys, "linear", *flags)["top1"] == result.get("best_top1", result["top1"])
 
 
