@@ -464,7 +464,7 @@ class CLIPTower(ViT):
 
 
 class Teacher(nn.Module):
-    """A frozen ViT: images (N, 3, H, W), normalised as ImageNet's, of any size -> tokens (N, 1+L, C)."""
+    """Freezes the ViT it is given: images (N, 3, H, W), normalised as ImageNet's, of any size -> tokens (N, 1+L, C)."""
 
     def __init__(self, vit: ViT, clip: bool = False):
         super().__init__()

@@ -566,7 +566,7 @@ def save_samples(path: Path, model: SemAIM, images: torch.Tensor, teacher=None, 
     if model.target == "pixel":
         plain = pixel_target(images, model.patch_size, model.blur, norm_pix=False)
         prediction = out.prediction.float()
-        if model.norm_pix:  # the model predicts the patch without its mean and contrast: lend it the true ones
+        if model.norm_pix:  # the model predicts the patch without its brightness and contrast: lend it the true ones
             prediction = prediction * plain.std(-1, keepdim=True) + plain.mean(-1, keepdim=True)
         rows["target\n(blurred)"] = unpatchify(plain.cpu(), model.patch_size) * std + mean
         rows["prediction"] = unpatchify(prediction.cpu(), model.patch_size) * std + mean
