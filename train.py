@@ -495,7 +495,7 @@ def infer(function, images: Images, size: int, args, device, indices=None) -> tu
     values, labels = [], []
     for batch, label, bad in tqdm(loader, desc="evaluating", leave=False, disable=RANK > 0):
         with autocast(device, args.precision):
-            values.append(function(normalise(batch, device)))
+            values.append(function(normalise(batch, device)).clone())  # a view would keep all that it looks at
         labels.append(torch.where(bad < 0, label, -1).to(device))
         name_unreadable(images, bad)
     values, labels = gather(torch.cat(values), len(indices)), gather(torch.cat(labels), len(indices))
