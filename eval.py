@@ -13,6 +13,7 @@ JSON object with task, top1 and top5 in %.
 """
 import functools
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -237,7 +238,10 @@ def linear_cached(args, device, weights, data: Images, val: Images):
     order = torch.randperm(len(x))
     held, rest = order[:-(-len(x) // 10)], order[-(-len(x) // 10):]
     lrs = [args.blr * args.total_batch / 256 * factor for factor in (0.03, 0.1, 0.3, 1, 3, 10)]
+    start = time.monotonic()
     heads = fit_heads(x[rest], y[rest], classes, lrs, args)
+    say(f"{len(lrs)} learning rates at once: {(time.monotonic() - start) / args.epochs:.2f} s for an epoch of "
+        f"{len(rest):,} images")
     right = [(head(x[held]).argmax(1) == y[held]).float().mean().item() for head in heads]
     lr = lrs[right.index(max(right))]
     probe.head[1], = fit_heads(x, y, classes, [lr], args)
