@@ -8,8 +8,8 @@
     torchrun --nproc_per_node=8 eval.py finetune ...                      any of them on 8 GPUs
 
 FILE is any file that semaim.load_weights knows; without --checkpoint the weights are random, the honest baseline. DIR
-holds train/CLASS/* and val/CLASS/* (or test/). Scores are of val, and val decides nothing. The last line printed is one
-JSON object with task, top1 and top5 in %.
+holds train/CLASS/* and val/CLASS/* (or test/). Scores are of val, which chooses nothing but best.pt. The last line
+printed is one JSON object with task, top1 and top5 in %.
 """
 import functools
 import json
@@ -24,7 +24,7 @@ import torchvision.transforms as v1
 from torchvision.transforms import v2
 
 import train
-from semaim import ARCHS, ViT, resize_positions, vit_like
+from semaim import ARCHS, ViT, resize_positions, safe_load, vit_like
 from train import MEAN, RANK, WORLD, Images, Parser, Run, fail, fit, gather, infer, knn_votes, load_data, say
 
 # The release's recipes, for ViT-B on ImageNet; vit_nano's own, for small data sets on a CPU.
@@ -42,8 +42,9 @@ NANO = {
     "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1, blr=2e-3, layer_decay=0.75, drop_path=0.0,
                      crop_min=0.6, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0),
 }
-SAME = ("task", "checkpoint", "arch", "img_size", "patch_size", "pool", "data", "label_fraction", "seed", "total_batch",
-        "weight_decay", "layer_decay")  # what a run that goes on must not change
+SAME = ("task", "checkpoint", "weights", "data", "label_fraction", "seed", "arch", "img_size", "patch_size", "pool",
+        "total_batch", "epochs", "warmup_epochs", "blr", "min_lr", "weight_decay", "clip_grad", "layer_decay",
+        "drop_path", "crop_min", "randaugment", "erasing", "mixup", "cutmix", "smoothing")  # of a run that goes on
 
 
 # ---------------------------------------------------------------- models ----
@@ -55,7 +56,7 @@ class Probe(nn.Module):
 
     def __init__(self, backbone: ViT, pool: str, classes: int):
         super().__init__()
-        self.backbone, self.pool = backbone.requires_grad_(False), pool
+        self.backbone, self.pool = backbone.eval().requires_grad_(False), pool
         dim = backbone.cls_token.shape[-1]
         self.head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear_head(dim, classes))
 
@@ -70,7 +71,9 @@ class Probe(nn.Module):
         return train.pool_tokens(self.backbone.tokens(images), self.pool)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(images))
+        features = self.features(images)
+        with torch.autocast(images.device.type, enabled=False):  # as in ViT
+            return self.head(features)
 
 
 def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
@@ -159,7 +162,7 @@ def augmented_view(image: torch.Tensor, size: int, smallest: float, then) -> tor
 
 def score(guesses: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     """The five best guesses (n, 5) and the labels (n,) -> top1 and top5 in %."""
-    hit = (guesses == truth[:, None]).double()
+    hit = (guesses == truth[:, None]).cpu().double()
     return dict(top1=round(100 * hit[:, 0].mean().item(), 3), top5=round(100 * hit.sum(1).mean().item(), 3))
 
 
@@ -178,10 +181,13 @@ def report(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list[str],
             say(f"{name}: {100 * own.float().mean():.1f} % of {len(own)} images")
     result = dict(task=args.task, **score(guesses, truth), images=len(truth), data=args.data,
                   checkpoint=args.checkpoint, **more)
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.output_dir) / "log.jsonl", "a") as file:
-        file.write(json.dumps(dict(step=0) | result) + "\n")
     print(json.dumps(result), flush=True)
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with open(Path(args.output_dir) / "log.jsonl", "a") as file:
+            file.write(json.dumps(dict(step=0) | result) + "\n")
+    except OSError as e:
+        say(f"--output_dir {args.output_dir}: the result could not be written there ({e.strerror})")
 
 
 # ---------------------------------------------------------------- k-NN ----
@@ -246,9 +252,10 @@ def linear_cached(args, device, weights, data: Images, val: Images):
     lr = lrs[right.index(max(right))]
     probe.head[1], = fit_heads(x, y, classes, [lr], args)
     guesses, truth = infer(lambda images: best_five(probe(images)), val, args.img_size, args, device)
-    report(args, guesses, truth, data.classes, lr=lr)
     if RANK == 0:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         train.save_checkpoint(Path(args.output_dir) / "cached.pt", dict(model=probe.state_dict(), config=vars(args)))
+    report(args, guesses, truth, data.classes, lr=lr)
 
 
 # ---------------------------------------------------------------- linear probe and fine-tuning ----
@@ -258,10 +265,12 @@ def classify(args, device, weights, data: Images, val: Images):
     """Trains the classifier and scores it after every epoch; last.pt to go on from, best.pt the best so far."""
     classes = len(data.classes)
     model = make_classifier(args, weights, classes).to(device)
+    if args.task == "finetune":
+        model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         model.compile()
 
-    def evaluate():
+    def guess():
         for buffer in model.buffers() if WORLD > 1 else ():  # BatchNorm's are each process's own
             dist.broadcast(buffer, 0)
         model.eval()
@@ -270,7 +279,7 @@ def classify(args, device, weights, data: Images, val: Images):
         return guesses
 
     if args.eval_only:
-        return report(args, *evaluate(), data.classes)
+        return report(args, *guess(), data.classes)
     if args.task == "linear":
         optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
         view = probe_view
@@ -278,23 +287,33 @@ def classify(args, device, weights, data: Images, val: Images):
         optimizer = train.adamw(layer_decay_groups(model, args.weight_decay, args.layer_decay), betas=(0.9, 0.999))
         view = functools.partial(augmented_view, smallest=args.crop_min,
                                  then=augmentation(args.randaugment, args.erasing))
-    mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
-             if alpha]
+    mixes = [kind(alpha=alpha, num_classes=classes)
+             for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else lambda *batch: batch
 
     def loss_of(call, images, labels):
         images, labels = mix(images, labels)
         return F.cross_entropy(call(images), labels, label_smoothing=args.smoothing)
 
-    def score_it(step: int):
+    last = []  # guesses and truth, once there are any
+
+    def after_step(step: int):
         if (step + 1) % (args.eval_every * per_epoch) and step + 1 != stop:
-            return
-        scores = score(*evaluate())
+            return None
+        start = time.monotonic()
+        last[:] = guess()
+        scores = score(*last)
         say(f"epoch {run.state['epoch']:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
         run.log(**scores)
         if scores["top1"] > run.state["best"]:
             run.state["best"] = scores["top1"]
-            run.save("best.pt")
+            try:
+                if RANK == 0:
+                    train.save_checkpoint(run.out / "best.pt",
+                                          dict(model=model.state_dict(), config=vars(args), **scores))
+            except SystemExit as e:  # a full disk may have room again next time
+                say(f"{e}; training goes on")
+        return time.monotonic() - start
 
     run = Run(args, device, model, optimizer, SAME, best=-1.0)
     data.unreadable = run.state["unreadable"]
@@ -302,14 +321,14 @@ def classify(args, device, weights, data: Images, val: Images):
     stop = per_epoch * args.epochs
     say(f"{args.task} of {args.arch} from {args.checkpoint or 'random weights'}, {args.data}: {len(data):,} images, "
         f"{stop:,} steps of {args.total_batch} on {WORLD} x {device.type} in {args.precision}, results in {run.out}")
-    if fit(run, loss_of, data.seen(view, args.img_size, args.seed), stop, after_step=score_it):
-        report(args, *evaluate(), data.classes, best_top1=run.state["best"], step=stop)
+    if fit(run, loss_of, data.seen(view, args.img_size, args.seed), stop, after_step=after_step):
+        report(args, *(last or guess()), data.classes, best_top1=run.state["best"], step=stop)
 
 
 # ---------------------------------------------------------------- command line ----
 
 
-def share(data: Images, fraction: float, seed: int) -> Images:
+def stratified(data: Images, fraction: float, seed: int) -> Images:
     """The same fraction of every class, drawn by the seed."""
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     kept = []
@@ -338,16 +357,20 @@ def parse_args(argv=None):
     add("--eval_every", type=int, default=1, help="epochs between two scores")
     for name in ("layer_decay", "drop_path", "crop_min", "erasing", "mixup", "cutmix", "smoothing"):
         add(f"--{name}", type=float)
-    add("--randaugment", type=int, help="magnitude, 0 to 10; 0: none")
-    return parser.parse_args(argv)
+    add("--randaugment", type=int, choices=range(11), metavar="0-10", help="magnitude; 0: none")
+    args = parser.parse_args(argv)
+    if min(args.k) < 1 or args.eval_every < 1 or not 0 < args.label_fraction <= 1:
+        fail("--k and --eval_every begin at 1, --label_fraction lies above 0 and ends at 1")
+    return args
 
 
 def evaluate(args):
     """One evaluation, from the command line's arguments to the JSON line."""
-    weights = train.read_weights(args.checkpoint) if args.checkpoint else None
+    weights = None if args.checkpoint is None else train.read_weights(args.checkpoint)
     if weights is None:
         if args.eval_only:
             fail("--eval_only needs --checkpoint FILE, a classifier")
+        args.weights = None
         size = dict(arch=args.arch or "vit_nano")
         size |= dict(patch_size=ARCHS[size["arch"]]["patch_size"],
                      img_size=train.RECIPES.get(size["arch"], train.PAPER)["img_size"])
@@ -358,6 +381,10 @@ def evaluate(args):
         dim, depth = vit.cls_token.shape[-1], len(vit.blocks)
         size = dict(arch=next((a for a, s in ARCHS.items() if (s["dim"], s["depth"]) == (dim, depth)), "unknown"),
                     patch_size=vit.patch_size, img_size=vit.img_size)
+        args.weights = sum(w.double().sum().item() for w in weights.values())  # tells one last.pt from the next
+        if args.eval_only:
+            config = safe_load(args.checkpoint).get("config", {})
+            args.pool = args.pool or config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
         for name in ("arch", "patch_size"):
             if getattr(args, name) not in (None, size[name]):
                 fail(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]} (width {dim}, depth "
@@ -371,9 +398,10 @@ def evaluate(args):
     if data.labels is None or val is None or val.labels is None:
         fail(f"--data {args.data}: needs class folders, train/CLASS/* and val/CLASS/* (or test/)")
     if args.label_fraction < 1:
-        data = share(data, args.label_fraction, args.seed)
+        data = stratified(data, args.label_fraction, args.seed)
     recipe = RECIPES[args.task] | (NANO[args.task] if args.arch == "vit_nano" else {}) | size
     recipe["total_batch"] = min(recipe["total_batch"], len(data))
+    by_hand = args.batch_size or args.accum_iter
     train.fill_in(args, recipe)
     place = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"random-{args.arch}"
     args.output_dir = args.output_dir or str(place / f"{args.task}-{Path(args.data).name}")
@@ -382,6 +410,8 @@ def evaluate(args):
     if args.task == "knn":
         return knn(args, device, weights, data, val)
     if args.task == "linear" and args.cache_features and not args.eval_only:
+        if not by_hand:  # every process trains the whole classifier, so their number does not divide the batch
+            args.total_batch = recipe["total_batch"]
         return linear_cached(args, device, weights, data, val)
     return classify(args, device, weights, data, val)
 

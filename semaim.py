@@ -158,6 +158,7 @@ class ViT(nn.Module):
             raise ValueError(f"dim {dim} must be a multiple of 4 and of heads {heads}")
         _check("pool", pool, ("cls", "mean"))
         self.img_size, self.patch_size, self.pool = img_size, patch_size, pool
+        self.grad_checkpointing = False  # True: blocks keep their inputs alone and are computed again for the gradient
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size))
@@ -184,11 +185,17 @@ class ViT(nn.Module):
         """Patch tokens (N, T, D) -> (N, 1+T, D) with CLS and its position in front."""
         return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1), patches], dim=1)
 
+    def run(self, block: nn.Module, *inputs) -> Tensor:
+        """block(*inputs), with grad_checkpointing or without."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def tokens(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> tokens (N, 1+L, D) after the final norm; every token sees the whole image."""
         x = self.with_cls(self.embed(images))
         for block in self.blocks:
-            x = block(x)
+            x = self.run(block, x)
         return self.norm(x)
 
     def attention_map(self, images: Tensor) -> Tensor:
@@ -202,7 +209,9 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tokens(images)
-        return self.head(self.fc_norm(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)))
+        features = self.fc_norm(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)).float()
+        with torch.autocast(images.device.type, enabled=False):  # in bf16, the logits of many classes would tie
+            return self.head(features)
 
 
 # ---------------------------------------------------------------- similarity (paper: Semantic-aware permutation) ----
@@ -363,7 +372,6 @@ class SemAIM(ViT):
         super().__init__(img_size, patch_size, dim, depth, heads)
         self.target, self.order, self.anchor, self.loss = target, order, anchor, loss
         self.norm_pix, self.blur = norm_pix, blur
-        self.grad_checkpointing = False  # True: blocks keep their inputs alone and are computed again for the gradient
         self.pos_embed.requires_grad_(False)
         self.query_blocks = nn.ModuleList(QueryBlock(dim, heads) for _ in range(query_depth))
         out = target_dim or (patch_size**2 * 3 if target == "pixel" else dim)
@@ -402,14 +410,11 @@ class SemAIM(ViT):
 
     def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
         """Content (N, K, D), query (N, L, D), masks as in attend -> query (N, L, D) after the last block."""
-        def run(block, *inputs):
-            return checkpoint(block, *inputs, use_reentrant=False) if self.grad_checkpointing else block(*inputs)
-
         every = len(self.blocks) // len(self.query_blocks)
         for i, block in enumerate(self.blocks):
-            content = run(block, content, content_mask)
+            content = self.run(block, content, content_mask)
             if (i + 1) % every == 0:
-                query = run(self.query_blocks[i // every], query, content, query_mask)
+                query = self.run(self.query_blocks[i // every], query, content, query_mask)
         return query
 
     def _predict(self, query: Tensor) -> Tensor:
@@ -517,8 +522,8 @@ CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
     (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
 
 
-def _read(path) -> dict:
-    """What a file holds, without running anything that it asks for."""
+def safe_load(path) -> dict:
+    """What a file of PyTorch holds, without running anything that it asks for. Raises ValueError, one line."""
     try:
         if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
             with warnings.catch_warnings():
@@ -541,7 +546,7 @@ def load_weights(path, key: Optional[str] = None) -> dict[str, Tensor]:
     taken. Known: this project's and the authors' checkpoints, MAE, DINO, timm, OpenAI's CLIP (TorchScript archive or
     plain dict). key: which part of a file with several, as "student" or "teacher" of DINO's full checkpoint.
     Raises ValueError, one line, for a file that is none of these; runs no code that a file brings."""
-    weights = _read(path)
+    weights = safe_load(path)
     parts = [key] if key else ["teacher", "student", "model", "state_dict"]
     part = next((k for k in parts if isinstance(weights, dict) and isinstance(weights.get(k), dict)), None)
     if key and not part:

@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -994,12 +995,14 @@ def test_linear_probe_leaves_the_backbone_alone(tmp_path, capsys, pretrained, fl
     frozen = {name: w for name, w in probe.items() if name.startswith("backbone.")}
     assert len(frozen) > 50 and all(torch.equal(w, before[name[9:]]) for name, w in frozen.items())
     assert probe["head.0.running_mean"].abs().sum() > 0 and probe["head.1.bias"].abs().sum() > 0
-    flags = [flag for flag in flags if flag != "--cache_features"] + ["--eval_only", "--checkpoint", str(file)]
-    assert score(tmp_path, capsys, "linear", *flags)["top1"] == result.get("best_top1", result["top1"])
+    again = score(tmp_path, capsys, "linear", "--eval_only", "--checkpoint", str(file))  # it knows its --pool
+    assert again["top1"] == result.get("best_top1", result["top1"])
 
 
 def test_probe_batchnorm_is_what_the_recipe_says():
-    probe = evaluation.Probe(small_vit(), "cls", 5).train()
+    probe = evaluation.Probe(small_vit(), "cls", 5)
+    assert not probe.backbone.training and probe.head.training
+    probe.eval().train()
     assert not probe.backbone.training and probe.head.training
     x = torch.randn(64, 3, probe.backbone.img_size, probe.backbone.img_size)
     features = probe.backbone.tokens(x)[:, 0]
@@ -1059,7 +1062,17 @@ def test_finetuning_learns_and_scores_again(tmp_path, capsys, pretrained):
     again = score(tmp_path, capsys, *FINETUNE, "--checkpoint", str(tmp_path / "eval" / "best.pt"), "--eval_only",
                   "--per_class", out="again")
     assert again["top1"] == result["best_top1"] and again["images"] == 12
-    assert torch.load(tmp_path / "eval" / "best.pt", weights_only=True)["best"] == result["best_top1"]
+    best = torch.load(tmp_path / "eval" / "best.pt", weights_only=True)
+    assert best["top1"] == result["best_top1"] and "optimizer" not in best
+    # The finished run says its result again, but is not taken for another run.
+    assert score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained) == result
+    for flags, message in ((["--blr", "9"], "--blr 9.0, but .*last.pt was made with 0.002"),
+                           (["--epochs", "1"], "--epochs 1, but .*last.pt was made with 2")):
+        with pytest.raises(SystemExit, match=message):
+            score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained, *flags)
+    run(tmp_path, "--epochs", "2")  # other weights under the same name
+    with pytest.raises(SystemExit, match="--checkpoint: weights that add up to .*, but .*last.pt was made with"):
+        score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained)
 
 
 @pytest.mark.parametrize("task", (("linear", *FINETUNE[1:]), (*FINETUNE, *HEAVY)))
@@ -1072,6 +1085,32 @@ def test_a_cut_evaluation_ends_bit_for_bit_like_a_whole_one(tmp_path, capsys, mo
     again = score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="cut")
     a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True)["model"] for out in ("whole", "cut"))
     assert again == whole and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_full_disk_does_not_end_a_finetuning(tmp_path, capsys, monkeypatch, pretrained):
+    def full(path, checkpoint):
+        if path.name == "best.pt":
+            train.fail(f"{path} could not be written")
+        save(path, checkpoint)
+
+    save = train.save_checkpoint
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained)
+    assert not (tmp_path / "eval" / "best.pt").exists() and (tmp_path / "eval" / "last.pt").exists()
+
+
+def test_grad_checkpointing_finetunes_alike(tmp_path, capsys, pretrained):
+    plain = score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained, out="a")
+    assert score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained, "--grad_checkpointing", out="b") == plain
+    a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True)["model"] for out in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_classifiers_score_in_full_precision():
+    images = torch.randn(2, 3, 16, 16)
+    for model in (ViT(16, 8, 64, 2, 4, num_classes=5), evaluation.Probe(ViT(16, 8, 64, 2, 4), "cls", 5).eval()):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(images).dtype == torch.float32
 
 
 def test_random_weights_and_another_image_size(tmp_path, capsys, pretrained):
@@ -1113,7 +1152,7 @@ def test_views_of_evaluation():
 
 def test_a_share_of_the_labels_is_stratified_and_seeded():
     data = train.load_data("shapes", "train")
-    a, b, c = (evaluation.share(data, 0.01, seed) for seed in (0, 0, 1))
+    a, b, c = (evaluation.stratified(data, 0.01, seed) for seed in (0, 0, 1))
     assert a.labels.bincount().tolist() == [10] * 10
     assert torch.equal(a.images, b.images) and not torch.equal(a.images, c.images)
 
@@ -1139,8 +1178,8 @@ eval.evaluate(eval.parse_args(["linear", "--cache_features", "--checkpoint", che
 
 
 def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
-    for path in sorted((tmp_path / "data" / "val").glob("*/*"))[:5]:
-        path.unlink()  # 7 are left: neither 2 nor 3 divides them
+    shutil.rmtree(tmp_path / "data")
+    folder(tmp_path, n=19, classes=tuple("abcdefg"))  # neither 2 nor 3 divides them
     score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained)
     (tmp_path / "driver.py").write_text(PROCESSES)
     paths = [str(tmp_path / name) for name in ("driver.py", "data", "out/last.pt", "eval/best.pt", "scores")]
@@ -1152,7 +1191,7 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
                               env=os.environ | dict(PYTHONPATH=here, OMP_NUM_THREADS="1"))
         assert done.returncode == 0, done.stderr
         results.append([json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")])
-    assert [result["images"] for result in results[0]] == [7, 7, 7]
+    assert [result["images"] for result in results[0]] == [19, 19, 19] and results[0][0]["top5"] < 100
     assert results[0] == results[1] == results[2]
 
 
@@ -1166,8 +1205,11 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
     (["finetune", "--eval_only"], "last.pt has no head.weight: --eval_only needs a classifier"),
     (["linear", "--eval_only"], "last.pt has no head.1.weight: --eval_only needs a classifier"),
     (["knn", "--checkpoint", "nothing.pt"], "--checkpoint nothing.pt: no such file"),
-    (["finetune", "--checkpoint", "", "--eval_only"], "--eval_only needs --checkpoint FILE"),
+    (["knn", "--checkpoint", ""], "--checkpoint : no such file"),
     (["zero_shot"], "argument task: invalid choice: 'zero_shot'"),
+    (["finetune", "--randaugment", "11"], "argument --randaugment: invalid choice: 11"),
+    (["finetune", "--eval_every", "0"], "--eval_every begin at 1"),
+    (["knn", "--label_fraction", "2"], "--label_fraction lies above 0 and ends at 1"),
 ))
 def test_bad_flags_of_eval(tmp_path, capsys, pretrained, flags, message):
     with pytest.raises(SystemExit, match=message) as error:
@@ -1176,6 +1218,8 @@ def test_bad_flags_of_eval(tmp_path, capsys, pretrained, flags, message):
 
 
 def test_bad_files_for_eval(tmp_path, capsys, pretrained):
+    with pytest.raises(SystemExit, match="--eval_only needs --checkpoint FILE"):
+        score(tmp_path, capsys, "finetune", "--eval_only")
     weights = torch.load(pretrained, weights_only=True)["model"]
     for name, message in (("norm.weight", "lacks norm.weight, which knn needs"),
                           ("blocks.2.mlp.fc1.bias", "lacks 1 weights: blocks.2.mlp.fc1.bias")):
@@ -1423,6 +1467,14 @@ def test_nothing_but_unreadable_images(tmp_path):
         path.write_text("no image")
     with pytest.raises(SystemExit, match=r"^error: 100 files in a row .* images \(Uni\w+\), the first is .*train"):
         run(tmp_path, data=data)
+
+
+def test_fewer_epochs_than_are_done(tmp_path, capsys):
+    run(tmp_path)
+    with pytest.raises(SystemExit, match="last.pt is at step 6, but --epochs 1 makes 3"):
+        run(tmp_path, "--epochs", "1")
+    run(tmp_path, "--epochs", "3")
+    assert "the schedule changes: --epochs 3, it was 2" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):

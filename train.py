@@ -230,7 +230,7 @@ class Images(Dataset):
         return len(self.images)
 
     def seen(self, view, size: int, seed: int = 0) -> "Images":
-        """The same images through random_view or eval_view."""
+        """The same images through a view: (image, size) -> uint8 (3, size, size), as random_view or eval_view."""
         images = Images(self.images, self.labels, self.classes, view, size, seed)
         images.unreadable = self.unreadable  # known to all views
         return images
@@ -468,15 +468,19 @@ def start_from(path, model):
 
 SAME = ("arch", "img_size", "patch_size", "query_depth", "head", "target", "teacher", "order", "anchor", "loss",
         "weight_decay", "data", "seed", "total_batch")
+NAMES = {"total_batch": "batch_size, --accum_iter and processes: a total batch of",
+         "weights": "checkpoint: weights that add up to"}  # of what is no flag by itself
 
 
 def check_resume(path, args, config: dict, same=SAME):
-    """A run goes on only as the run it was: the flags `same` are what they were."""
+    """A run goes on only as the run it was: the flags `same` are what they were. A change of schedule is said."""
     for flag in same:
         if config.get(flag) != getattr(args, flag):
-            name = "batch_size, --accum_iter and processes: a total batch of" if flag == "total_batch" else flag
-            fail(f"--{name} {getattr(args, flag)}, but {path} was made with {config.get(flag)}; "
+            fail(f"--{NAMES.get(flag, flag)} {getattr(args, flag)}, but {path} was made with {config.get(flag)}; "
                  "give the same, or another --output_dir")
+    for flag in ("epochs", "warmup_epochs", "blr", "min_lr"):
+        if config.get(flag) != getattr(args, flag):
+            say(f"the schedule changes: --{flag} {getattr(args, flag)}, it was {config.get(flag)}")
 
 
 # ---------------------------------------------------------------- k-NN ----
@@ -664,6 +668,10 @@ class Run:
         self.source = self.last if self.last.exists() or previous(self.last).exists() else args.resume
         if self.source:
             self.go_on_from(self.source, same)
+        log = self.out / "log.jsonl"
+        if RANK == 0 and log.exists():  # what came after the checkpoint will come again
+            lines = log.read_text().splitlines(keepends=True)
+            log.write_text("".join(line for line in lines if step_of(line) <= self.state["step"]))
         if WORLD > 1:
             steps = [None] * WORLD
             dist.all_gather_object(steps, self.state["step"])
@@ -682,19 +690,15 @@ class Run:
         if self.ema:
             self.ema.load_state_dict(checkpoint["ema"])
         self.state = {name: checkpoint[name] for name in self.state}
-        log = self.out / "log.jsonl"
-        if RANK == 0 and log.exists():  # what came after the checkpoint will come again
-            lines = log.read_text().splitlines(keepends=True)
-            log.write_text("".join(line for line in lines if step_of(line) <= self.state["step"]))
 
-    def save(self, name: str = "last.pt"):
+    def save(self):
         """Writes everything that is needed to go on. All processes come here at the same step."""
         if WORLD > 1:  # what each found unreadable, all know from now on
             found = [None] * WORLD
             dist.all_gather_object(found, self.state["unreadable"])
             self.state["unreadable"][:] = sorted(set().union(*found))
         if RANK == 0:
-            save_checkpoint(self.out / name, dict(
+            save_checkpoint(self.last, dict(
                 model=self.model.state_dict(), config=vars(self.args), optimizer=self.optimizer.state_dict(),
                 scaler=self.scaler.state_dict(), ema=self.ema.state_dict() if self.ema else {}, **self.state))
 
@@ -721,12 +725,15 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
     a signal or --steps ended it, and all is saved.
 
     loss_of(call, images, labels) -> loss of a micro-batch, call: the model, or what DDP makes of it. A group of the
-    optimiser may have a "scale" for its learning rate. on_save(), after_step(step): what remains to be done then."""
+    optimiser may have a "scale" for its learning rate. on_save(), after_step(step): what remains to be done then; the
+    latter returns the seconds that do not count as training, if any."""
     args, device, model, optimizer, scaler, state = (
         run.args, run.device, run.model, run.optimizer, run.scaler, run.state)
     steps_per_epoch = count_steps(args, len(views))
     lr = args.blr * args.total_batch / 256
     end = min(stop, args.steps or stop)
+    if state["step"] > stop:
+        fail(f"{run.source} is at step {state['step']}, but --epochs {args.epochs} makes {stop}; give more --epochs")
     if run.source:
         say(f"{run.source}: going on from step {state['step']} of {stop}")
     stopping = []  # signals that came: the running step is finished, then all is saved
@@ -776,7 +783,7 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
         state["epoch"] = state["step"] / steps_per_epoch
         bar.update()
         if after_step:
-            after_step(step)
+            logged += after_step(step) or 0.0
 
         now = time.monotonic()
         if state["step"] % 10 == 0 or state["step"] == end:
@@ -984,6 +991,7 @@ class Parser(argparse.ArgumentParser):
         add("--clip_grad", type=float, help="0: do not clip")
         add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16, but fp32 for vit_nano on a CPU")
         add("--compile", action="store_true", help="torch.compile")
+        add("--grad_checkpointing", action="store_true", help="compute blocks twice, to keep less in memory")
         add("--workers", type=int, help="loader processes; default: as many as cores, at most 16 for each process")
         add("--seed", type=int, default=0)
         add("--save_every_minutes", type=float, default=10)
@@ -1019,7 +1027,6 @@ def parse_args(argv=None):
     add("--loss", default="l2", choices=("l2", "l1"))
     add("--head", default="mlp", choices=("mlp", "linear"))
     add("--query_depth", type=int)
-    add("--grad_checkpointing", action="store_true", help="compute blocks twice, to keep less in memory")
     add("--knn_images", type=int, default=60_000, help="at most so many of train and of val; 0: no k-NN")
     add("--checkpoint", help="weights to start from: any file that semaim.load_weights knows")
     add("--export", help="write the encoder of --checkpoint to this file, in timm's names, and stop")
@@ -1040,7 +1047,7 @@ def main(argv=None, parse=parse_args, work=train):
     except UnreadableError as e:
         fail(str(e).splitlines()[-1].split("Error: ")[-1])  # a worker puts its trace in front
     except KeyboardInterrupt:
-        fail("interrupted outside of the training steps; the same command goes on from the last checkpoint")
+        fail("interrupted outside of the training steps; the same command goes on from the last checkpoint, if any")
     if WORLD > 1:  # not after an error: the other processes may never come to it
         dist.destroy_process_group()
 
