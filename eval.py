@@ -252,10 +252,9 @@ def linear_cached(args, device, weights, data: Images, val: Images):
     lr = lrs[right.index(max(right))]
     probe.head[1], = fit_heads(x, y, classes, [lr], args)
     guesses, truth = infer(lambda images: best_five(probe(images)), val, args.img_size, args, device)
-    if RANK == 0:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        train.save_checkpoint(Path(args.output_dir) / "cached.pt", dict(model=probe.state_dict(), config=vars(args)))
     report(args, guesses, truth, data.classes, lr=lr)
+    if RANK == 0:
+        train.save_checkpoint(Path(args.output_dir) / "cached.pt", dict(model=probe.state_dict(), config=vars(args)))
 
 
 # ---------------------------------------------------------------- linear probe and fine-tuning ----
