@@ -246,8 +246,8 @@ def linear_cached(args, device, weights, data: Images, val: Images):
     lrs = [args.blr * args.total_batch / 256 * factor for factor in (0.03, 0.1, 0.3, 1, 3, 10)]
     start = time.monotonic()
     heads = fit_heads(x[rest], y[rest], classes, lrs, args)
-    say(f"{len(lrs)} learning rates at once: {(time.monotonic() - start) / args.epochs:.2f} s for an epoch of "
-        f"{len(rest):,} images")
+    say(f"{len(rest):,} images train, {len(held):,} choose among {len(lrs)} learning rates; "
+        f"{(time.monotonic() - start) / args.epochs:.2f} s an epoch")
     right = [(head(x[held]).argmax(1) == y[held]).float().mean().item() for head in heads]
     lr = lrs[right.index(max(right))]
     probe.head[1], = fit_heads(x, y, classes, [lr], args)
@@ -318,8 +318,7 @@ def classify(args, device, weights, data: Images, val: Images):
     data.unreadable = run.state["unreadable"]
     per_epoch = train.count_steps(args, len(data))
     stop = per_epoch * args.epochs
-    say(f"{args.task} of {args.arch} from {args.checkpoint or 'random weights'}, {args.data}: {len(data):,} images, "
-        f"{stop:,} steps of {args.total_batch} on {WORLD} x {device.type} in {args.precision}, results in {run.out}")
+    say(f"{stop:,} steps of {args.total_batch}, results in {run.out}")
     if fit(run, loss_of, data.seen(view, args.img_size, args.seed), stop, after_step=after_step):
         report(args, *(last or guess()), data.classes, best_top1=run.state["best"], step=stop)
 
@@ -376,7 +375,10 @@ def evaluate(args):
     else:
         if "proj.weight" in weights:
             fail(f"--checkpoint {args.checkpoint} is a CLIP tower: it serves as a teacher in train.py")
-        vit = vit_like(weights)
+        try:
+            vit = vit_like(weights)
+        except ValueError as e:
+            fail(f"--checkpoint {args.checkpoint}: {str(e).split(':')[0]}, and eval.py cannot know its heads")
         dim, depth = vit.cls_token.shape[-1], len(vit.blocks)
         size = dict(arch=next((a for a, s in ARCHS.items() if (s["dim"], s["depth"]) == (dim, depth)), "unknown"),
                     patch_size=vit.patch_size, img_size=vit.img_size)
@@ -406,6 +408,8 @@ def evaluate(args):
     args.output_dir = args.output_dir or str(place / f"{args.task}-{Path(args.data).name}")
     if args.img_size % args.patch_size:
         fail(f"--img_size {args.img_size} is not a multiple of the patch size, {args.patch_size}")
+    say(f"{args.task} of {args.arch} from {args.checkpoint or 'random weights'}, {args.img_size} px, {args.data}: "
+        f"{len(data):,} and {len(val):,} images, {WORLD} x {device.type} in {args.precision}")
     if args.task == "knn":
         return knn(args, device, weights, data, val)
     if args.task == "linear" and args.cache_features and not args.eval_only:

@@ -185,7 +185,7 @@ class ViT(nn.Module):
         """Patch tokens (N, T, D) -> (N, 1+T, D) with CLS and its position in front."""
         return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1), patches], dim=1)
 
-    def run(self, block: nn.Module, *inputs) -> Tensor:
+    def _run(self, block: nn.Module, *inputs) -> Tensor:
         """block(*inputs), with grad_checkpointing or without."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -195,7 +195,7 @@ class ViT(nn.Module):
         """Images (N, 3, H, W) -> tokens (N, 1+L, D) after the final norm; every token sees the whole image."""
         x = self.with_cls(self.embed(images))
         for block in self.blocks:
-            x = self.run(block, x)
+            x = self._run(block, x)
         return self.norm(x)
 
     def attention_map(self, images: Tensor) -> Tensor:
@@ -359,8 +359,9 @@ class Output(NamedTuple):
 class SemAIM(ViT):
     """A ViT that predicts each patch from the patches before it: images (N, 3, H, W) -> Output.
 
-    query_depth: blocks of the second stream; the first reads encoder block depth/query_depth, the last the last one.
-    target "pixel" is computed here; with "dino", "clip" or "ema", pass the teacher's features (N, L, target_dim)."""
+    query_depth: blocks of the second stream, one after every depth/query_depth encoder blocks.
+    target "pixel" is computed here; with "dino", "clip" or "ema", pass the teacher's features (N, L, target_dim), and
+    the order in its eyes: patch_order("semantic", similarity_map(teacher_tokens)); without it the student orders."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
                  target_dim=None, order="semantic", anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp"):
@@ -395,7 +396,7 @@ class SemAIM(ViT):
 
         With the patches taken in order, "sees CLS and the patches before it" is plain causal attention: content is
         [CLS, 1st, ..., (L-1)th patch], and query t, which predicts the t-th patch, sees content 0..t (counted from
-        0). The last patch is missing, for nobody looks at it."""
+        0). The last patch is missing, for nobody looks at it; so both streams are L long, as causal attention wants."""
         content = self.with_cls(take(self.embed(images), order[:, :-1]))
         query = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), order)
         query = self._streams(content, query, "causal", "causal")
@@ -412,9 +413,9 @@ class SemAIM(ViT):
         """Content (N, K, D), query (N, L, D), masks as in attend -> query (N, L, D) after the last block."""
         every = len(self.blocks) // len(self.query_blocks)
         for i, block in enumerate(self.blocks):
-            content = self.run(block, content, content_mask)
+            content = self._run(block, content, content_mask)
             if (i + 1) % every == 0:
-                query = self.run(self.query_blocks[i // every], query, content, query_mask)
+                query = self._run(self.query_blocks[i // every], query, content, query_mask)
         return query
 
     def _predict(self, query: Tensor) -> Tensor:
@@ -575,7 +576,7 @@ def load_weights(path, key: Optional[str] = None) -> dict[str, Tensor]:
         if not w.isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite")
     with torch.device("meta"):  # names and shapes alone
-        expected = vit_like(taken).state_dict()
+        expected = vit_like(taken, heads=1).state_dict()
     missing = [name for name in expected if name not in taken and not name.startswith("norm.")]
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} weights: {', '.join(missing[:3])}")
@@ -606,11 +607,14 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
 
 def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: Optional[int] = None, **options) -> ViT:
     """State dict from load_weights -> an untrained ViT (or CLIPTower) of its width, depth, patch size and, if none is
-    given, image size. Weights do not tell their heads: those of ARCHS, else 64 wide. options: see ViT."""
+    given, image size; options: see ViT. Weights do not tell their heads: those of ARCHS, else 64 wide, or ValueError."""
     dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
-    heads = heads or next((arch["heads"] for arch in ARCHS.values() if arch["dim"] == dim), dim // 64)
+    usual = {arch["dim"]: arch["heads"] for arch in ARCHS.values()}
+    heads = heads or usual.get(dim) or (dim // 64 if dim % 64 == 0 else None)
+    if heads is None:
+        raise ValueError(f"a ViT {dim} wide is none of ARCHS: how many heads has it? Pass heads=")
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, weights["proj.weight"].shape[0])
     return ViT(img_size, patch_size, dim, depth, heads, **options)

@@ -1401,7 +1401,20 @@ def test_readme_commands_parse():
 # ---------------------------------------------------------------- what a user can get wrong ----
 
 
+def test_heads_are_not_guessed(tmp_path, capsys, pretrained):
+    torch.save(ViT(32, 8, 96, 2, 3).state_dict(), tmp_path / "96.pt")
+    weights = semaim.load_weights(tmp_path / "96.pt")
+    assert semaim.vit_like(weights, heads=3).blocks[0].attn.heads == 3
+    with pytest.raises(ValueError, match="a ViT 96 wide is none of ARCHS: how many heads has it"):
+        semaim.vit_like(weights)
+    with pytest.raises(SystemExit, match="--checkpoint .*96.pt: a ViT 96 wide is none of ARCHS, and eval.py cannot"):
+        score(tmp_path, capsys, "knn", "--checkpoint", str(tmp_path / "96.pt"))
+
+
 @pytest.mark.parametrize("flags,message", (
+    (["--batch_size", "0"], "--batch_size 0 is less than 1"),
+    (["--accum_iter", "0"], "--accum_iter 0 is less than 1"),
+    (["--epochs", "-1"], "--epochs -1 is less than 1"),
     (["--arch", "vit_giant"], "argument --arch: invalid choice: 'vit_giant'"),
     (["--order", "spiral"], "argument --order: invalid choice: 'spiral'"),
     (["--target", "beit"], "argument --target: invalid choice: 'beit'"),

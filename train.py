@@ -716,7 +716,7 @@ def count_steps(args, n: int) -> int:
     """Steps of an epoch of n images."""
     if n < args.total_batch:
         fail(f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {WORLD} processes is larger than the "
-             f"data set ({n} images)")
+             f"data set ({n} images); give less, --accum_iter 1 for instance")
     return n // args.total_batch
 
 
@@ -736,6 +736,8 @@ def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=No
         fail(f"{run.source} is at step {state['step']}, but --epochs {args.epochs} makes {stop}; give more --epochs")
     if run.source:
         say(f"{run.source}: going on from step {state['step']} of {stop}")
+    if args.epochs <= args.warmup_epochs:
+        say(f"--epochs {args.epochs} ends within the {args.warmup_epochs:g} of --warmup_epochs: the learning rate stays low")
     stopping = []  # signals that came: the running step is finished, then all is saved
 
     def on_signal(number, _):
@@ -819,7 +821,9 @@ def train(args):
     if args.export:
         if not args.checkpoint:
             fail("--export needs --checkpoint FILE, the weights to export")
-        return save_checkpoint(Path(args.export), encoder_weights(read_weights(args.checkpoint)))
+        weights = encoder_weights(read_weights(args.checkpoint))
+        save_checkpoint(Path(args.export), weights)
+        return say(f"{args.export}: the encoder, {len(weights)} tensors")
     device = setup(args)
     if args.benchmark:
         return benchmark(args, device)
@@ -851,8 +855,8 @@ def train(args):
         return top1
 
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.data}: {len(data):,} images, {stop:,} steps of "
-        f"{args.total_batch} on {WORLD} x {device.type} in {args.precision}, results in {run.out}")
+    say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
+        f"{args.data}: {len(data):,} images, {stop:,} steps of {args.total_batch} on {WORLD} x {device.type} in {args.precision}, results in {run.out}")
     if run.state["step"] == 0:
         run.state["knn_before"] = evaluate("before")
 
@@ -1002,6 +1006,9 @@ class Parser(argparse.ArgumentParser):
 
 def fill_in(args, recipe: dict):
     """Sets what was not given by hand: the recipe's values, and the micro-batches that make up its total batch."""
+    for name in ("batch_size", "accum_iter", "epochs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name} {getattr(args, name)} is less than 1")
     recipe["batch_size"] = max(1, min(recipe["batch_size"], recipe["total_batch"] // WORLD))
     for name in recipe:
         if getattr(args, name, 0) is None:
