@@ -607,7 +607,7 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
 
 def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: Optional[int] = None, **options) -> ViT:
     """State dict from load_weights -> an untrained ViT (or CLIPTower) of its width, depth, patch size and, if none is
-    given, image size; options: see ViT. Weights do not tell their heads: those of ARCHS, else 64 wide, or ValueError."""
+    given, image size; options: see ViT. Weights do not tell heads: those of ARCHS, else 64 wide (or ValueError)."""
     dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
