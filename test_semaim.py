@@ -962,6 +962,8 @@ def test_positions_are_interpolated():
     torch.testing.assert_close(semaim.resize_positions(upright, 9)[:, 1:], torch.full((1, 81, 4), 3.0))
     middle = larger[0, 1:, 12].reshape(14, 14)[4:10, 4:10].unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2))
     torch.testing.assert_close(middle, channel[2:5, 2:5], rtol=0, atol=2e-2)
+    ramp = torch.cat([torch.zeros(1, 1, 1), torch.arange(4.0).repeat(4).view(1, 16, 1)], dim=1)
+    assert (semaim.resize_positions(ramp, 8)[0, 1:].view(8, 8).diff(dim=1) > 0.1).all()  # no steps
 
 
 def test_knn_by_eval_equals_brute_force(tmp_path, capsys, pretrained):
@@ -995,6 +997,7 @@ def test_linear_probe_leaves_the_backbone_alone(tmp_path, capsys, pretrained, fl
     frozen = {name: w for name, w in probe.items() if name.startswith("backbone.")}
     assert len(frozen) > 50 and all(torch.equal(w, before[name[9:]]) for name, w in frozen.items())
     assert probe["head.0.running_mean"].abs().sum() > 0 and probe["head.1.bias"].abs().sum() > 0
+    assert (probe["head.0.running_var"] != 1).all()
     again = score(tmp_path, capsys, "linear", "--eval_only", "--checkpoint", str(file))  # it knows its --pool
     assert again["top1"] == result.get("best_top1", result["top1"])
 
@@ -1058,7 +1061,8 @@ def test_finetuning_learns_and_scores_again(tmp_path, capsys, pretrained):
     assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.3.mlp.fc2.bias"} <= set(changed)
     assert "norm.weight" not in last["model"] and last["model"]["fc_norm.weight"].ne(1).any()
     lines = [json.loads(line) for line in (tmp_path / "eval" / "log.jsonl").read_text().splitlines()]
-    assert sum("top1" in line for line in lines) == 3  # after each epoch, and the result
+    scores = [line["top1"] for line in lines if "top1" in line]
+    assert len(scores) == 3 and max(scores) == result["best_top1"]  # after each epoch, and the result
     again = score(tmp_path, capsys, *FINETUNE, "--checkpoint", str(tmp_path / "eval" / "best.pt"), "--eval_only",
                   "--per_class", out="again")
     assert again["top1"] == result["best_top1"] and again["images"] == 12
@@ -1104,6 +1108,13 @@ def test_grad_checkpointing_finetunes_alike(tmp_path, capsys, pretrained):
     assert score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained, "--grad_checkpointing", out="b") == plain
     a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True)["model"] for out in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_new_head_begins_at_almost_nothing(pretrained):
+    args = evaluation.parse_args(["finetune", "--checkpoint", pretrained, "--img_size", "32", "--patch_size", "8",
+                                  "--pool", "mean", "--drop_path", "0"])
+    head = evaluation.make_classifier(args, semaim.load_weights(pretrained), classes=10).head
+    assert 1e-5 < head.weight.std() < 3e-5 and not head.bias.any()
 
 
 def test_classifiers_score_in_full_precision():
@@ -1187,7 +1198,7 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
     results = []
     for processes in (1, 2, 3):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run([*command, *paths], capture_output=True, text=True, cwd=here,
+        done = subprocess.run([*command, *paths], capture_output=True, text=True, cwd=here, timeout=300,
                               env=os.environ | dict(PYTHONPATH=here, OMP_NUM_THREADS="1"))
         assert done.returncode == 0, done.stderr
         results.append([json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")])
@@ -1258,7 +1269,7 @@ def start(*command):
 def torchrun(*command):
     """Two processes by torchrun, their output and exit status."""
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=300)[0]
     return said, process.returncode
 
 
@@ -1568,7 +1579,7 @@ def interrupted(out, number, seconds, *command):
         victims = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     if process.poll() is None and victims:
         os.kill(int(random.choice(victims)), number)
-    said = process.communicate()[0]
+    said = process.communicate(timeout=300)[0]
     return said, process.returncode
 
 

@@ -1062,7 +1062,8 @@ def main(argv=None, parse=parse_args, work=train):
         fail(str(e).splitlines()[-1].split("Error: ")[-1])  # a worker puts its trace in front
     except KeyboardInterrupt:
         fail("interrupted outside of the training steps; the same command goes on from the last checkpoint, if any")
-    if WORLD > 1:  # not after an error: the other processes may never come to it
+    if dist.is_initialized():  # not after an error: the other processes may never come to it
+        dist.barrier()  # nobody leaves while another still talks to it
         dist.destroy_process_group()
 
 
