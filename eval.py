@@ -1,8 +1,8 @@
 """Evaluate a pre-trained encoder: k-NN, linear probe, fine-tuning.
 
     python eval.py knn --checkpoint FILE --data DIR                       no training at all
-    python eval.py linear --checkpoint FILE --data DIR --cache_features   a linear classifier, in minutes
-    python eval.py linear --checkpoint FILE --data DIR                    the same by the paper's recipe, in hours
+    python eval.py linear --checkpoint FILE --data DIR --cache_features   a linear classifier, features cached
+    python eval.py linear --checkpoint FILE --data DIR                    the same by the paper's recipe, with augmentation
     python eval.py finetune --checkpoint FILE --data DIR                  the whole network
     python eval.py finetune --checkpoint FILE --data DIR --eval_only      score a file that finetune has written
     torchrun --nproc_per_node=8 eval.py finetune ...                      any of them on 8 GPUs
@@ -24,7 +24,7 @@ import torchvision.transforms as v1
 from torchvision.transforms import v2
 
 import train
-from semaim import ARCHS, ViT, resize_positions, safe_load, vit_like
+from semaim import ARCHS, ViT, pool_tokens, resize_positions, safe_load, vit_like
 from train import MEAN, RANK, WORLD, Images, Parser, Run, fail, fit, gather, infer, knn_votes, load_data, say
 
 # The release's recipes, for ViT-B on ImageNet; vit_nano's own, for small data sets on a CPU.
@@ -68,7 +68,7 @@ class Probe(nn.Module):
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, H, W) -> (N, D)."""
-        return train.pool_tokens(self.backbone.tokens(images), self.pool)
+        return pool_tokens(self.backbone.tokens(images), self.pool)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.features(images)
@@ -198,7 +198,7 @@ def knn(args, device, weights, data: Images, val: Images):
     vit = make_encoder(args, weights).to(device).eval()
 
     def features(images):
-        return train.pool_tokens(vit.tokens(images), args.pool)
+        return pool_tokens(vit.tokens(images), args.pool)
 
     bank, labels = infer(features, data, args.img_size, args, device)
     if max(args.k) > len(bank):

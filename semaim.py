@@ -145,6 +145,11 @@ class Block(nn.Module):
         return x + self._drop(self.mlp(self.norm2(x)))
 
 
+def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
+    """Tokens (N, 1+L, D) -> features (N, D): "cls", or "mean" of the patches."""
+    return (tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)).float()
+
+
 class ViT(nn.Module):
     """Vision transformer: images (N, 3, H, W) -> pooled features (N, D), or logits (N, num_classes) if there are
     classes. pool "cls": CLS after `norm`; "mean": mean of the patch tokens, then `fc_norm` in place of `norm`."""
@@ -209,7 +214,7 @@ class ViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tokens(images)
-        features = self.fc_norm(tokens[:, 0] if self.pool == "cls" else tokens[:, 1:].mean(1)).float()
+        features = self.fc_norm(pool_tokens(tokens, self.pool))
         with torch.autocast(images.device.type, enabled=False):  # in bf16, the logits of many classes would tie
             return self.head(features)
 

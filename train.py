@@ -40,7 +40,7 @@ except ImportError:
     decode_jpeg = None
 
 from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, Output, SemAIM, ema_teacher, ema_update, encoder_weights,
-                    load_teacher, load_weights, patch_order, pixel_target, similarity_map, unpatchify)
+                    load_teacher, load_weights, patch_order, pixel_target, pool_tokens, similarity_map, unpatchify)
 
 # The release's recipe. batch_size is what one process holds at most at a time; accum_iter makes up total_batch.
 PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30, blr=2e-4, min_lr=0.0,
@@ -522,11 +522,6 @@ def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: flo
         votes.append(similarity.new_zeros(len(query), classes).scatter_add_(
             1, labels[index], (similarity / temperature).exp()))
     return torch.cat(votes)
-
-
-def pool_tokens(tokens: torch.Tensor, pool: str) -> torch.Tensor:
-    """Tokens (N, 1+L, D) -> features (N, D): "cls", or "mean" of the patches."""
-    return (tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)).float()
 
 
 def knn_accuracy(model, train: Images, val: Images, args, device) -> dict[str, float]:
@@ -1018,7 +1013,7 @@ def fill_in(args, recipe: dict):
             fail(f"--{name} {getattr(args, name)} is less than 1")
     recipe["batch_size"] = max(1, min(recipe["batch_size"], recipe["total_batch"] // WORLD))
     for name in recipe:
-        if getattr(args, name, 0) is None:
+        if getattr(args, name, 0) is None:  # 0: the recipe's total_batch, dim, depth and heads are no flags
             setattr(args, name, recipe[name])
     if args.accum_iter is None:
         args.accum_iter = max(1, recipe["total_batch"] // (args.batch_size * WORLD))
