@@ -2,7 +2,7 @@
 
     python eval.py knn --checkpoint FILE --data DIR                       no training at all
     python eval.py linear --checkpoint FILE --data DIR --cache_features   a linear classifier, features cached
-    python eval.py linear --checkpoint FILE --data DIR                    the same by the paper's recipe, with augmentation
+    python eval.py linear --checkpoint FILE --data DIR                    the same by the paper's recipe
     python eval.py finetune --checkpoint FILE --data DIR                  the whole network
     python eval.py finetune --checkpoint FILE --data DIR --eval_only      score a file that finetune has written
     torchrun --nproc_per_node=8 eval.py finetune ...                      any of them on 8 GPUs
