@@ -17,7 +17,7 @@ import math
 import re
 import warnings
 import zipfile
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import torch.nn as nn
@@ -26,15 +26,14 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ARCHS = {  # nano is for CPUs; base and large are the paper's; tiny, small and huge are the usual sizes around them
-    "vit_nano": dict(patch_size=8, dim=128, depth=4, heads=4, query_depth=2),
+ARCHS = {  # vit_base and vit_large are the paper's; vit_nano is small enough to train on a CPU
+    "vit_nano": dict(patch_size=8, dim=128, depth=4, heads=2, query_depth=2),
     "vit_tiny": dict(patch_size=16, dim=192, depth=12, heads=3, query_depth=12),
     "vit_small": dict(patch_size=16, dim=384, depth=12, heads=6, query_depth=12),
     "vit_base": dict(patch_size=16, dim=768, depth=12, heads=12, query_depth=12),
     "vit_large": dict(patch_size=16, dim=1024, depth=24, heads=16, query_depth=12),
     "vit_huge": dict(patch_size=14, dim=1280, depth=32, heads=16, query_depth=16),
 }
-ORDERS = ("semantic", "similarity", "stochastic", "raster", "center")
 ANCHORS = ("cls", "gap", "attention")
 TARGETS = ("pixel", "dino", "clip", "ema")
 
@@ -209,8 +208,9 @@ class ViT(nn.Module):
         for block in self.blocks[:-1]:
             x = block(x)
         q, k, _ = self.blocks[-1].attn.split(self.blocks[-1].norm1(x))
-        weights = (q[:, :, :1] @ k.transpose(-2, -1)).float() / math.sqrt(q.shape[-1])  # CLS is the only query needed
-        return weights.softmax(-1)[:, :, 0, 1:].mean(1)
+        with torch.autocast(images.device.type, enabled=False):  # fp32, as in similarity_map
+            weights = q[:, :, :1].float() @ k.float().mT / math.sqrt(q.shape[-1])  # only CLS as a query
+            return weights.softmax(-1)[:, :, 0, 1:].mean(1)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tokens(images)
@@ -223,43 +223,103 @@ class ViT(nn.Module):
 
 
 def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
-    """Tokens (N, 1+L, D) -> (N, L): cosine of each patch token with CLS ("cls") or with the patches' mean ("gap").
-    (The "attention" anchor needs the attention weights: ViT.attention_map.)"""
+    """Compute the cosine similarity of each patch token with the whole image: tokens (N, 1+L, D) -> (N, L), fp32.
+
+    anchor: "cls" compares with the CLS token, "gap" with the mean of the patch tokens. The third anchor, "attention",
+    needs attention weights instead of tokens; see ViT.attention_map."""
     _check("anchor", anchor, ("cls", "gap"))
-    cls, patches = tokens[:, :1], tokens[:, 1:]
-    centre = cls if anchor == "cls" else patches.mean(1, keepdim=True)
-    return F.cosine_similarity(centre, patches, dim=-1)
+    with torch.autocast(tokens.device.type, enabled=False):  # bf16 cosines have ties, and argmax takes the first patch
+        tokens = tokens.float()
+        patches = tokens[:, 1:]
+        centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
+        return F.cosine_similarity(centre, patches, dim=-1)
 
 
-# ---------------------------------------------------------------- order (paper: Semantic-aware permutation) ----
+# ---------------------------------------------------------------- orders (paper: Semantic-aware permutation) ----
+#
+# An order is a function: similarity (N, L) -> order (N, L) long, where order[n, t] is the index of the patch that is
+# predicted at step t. To try a new one, write such a function and pass it as SemAIM(order=function).
 
 
-def patch_order(kind: str, similarity: Tensor) -> Tensor:
-    """Similarity (N, L) -> order (N, L) long on a square grid; order[n, t] = index of the patch predicted at step t.
+def content_free(function: Callable) -> Callable:
+    """Mark an order that uses only the shape of the similarity, so that SemAIM does not compute the similarity."""
+    function.content_free = True
+    return function
 
-    "semantic" (the paper's): outwards from the most similar patch, by Euclidean distance on the grid.
-    "similarity": most similar first.  "stochastic": random (SAIM).  "raster": row by row (iGPT).
-    "center": square rings outwards from the middle of the image.  Equal distances and rings: in random order."""
-    _check("order", kind, ORDERS)
-    n, length = similarity.shape
+
+def grid_positions(similarity: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Return row (L,) and column (L,) of each patch and the grid size. Raises ValueError if the grid is not square."""
+    length = similarity.shape[1]
     grid = math.isqrt(length)
     if grid * grid != length:
-        raise ValueError(f"{length} patches are not a square grid")
+        raise ValueError(f"{length} patches do not form a square grid")
     index = torch.arange(length, device=similarity.device)
-    row, column = index // grid, index % grid
-    if kind == "raster":
-        return index.repeat(n, 1)
-    if kind == "similarity":
-        return similarity.argsort(dim=1, descending=True, stable=True)
-    if kind == "semantic":
-        centre = similarity.argmax(dim=1, keepdim=True)
-        score = (row - centre // grid) ** 2 + (column - centre % grid) ** 2  # squared: whole numbers, the same order
-    elif kind == "center":
-        score = torch.maximum((2 * row - grid + 1).abs(), (2 * column - grid + 1).abs()).expand(n, -1)
-    else:
-        score = torch.zeros_like(similarity)
-    # Scores are whole numbers, so noise below 1/2 shuffles the equal ones and never lets a farther patch pass.
-    return (score + 0.5 * torch.rand(n, length, device=similarity.device)).argsort(dim=1)
+    return index // grid, index % grid, grid
+
+
+def ascending(score: Tensor) -> Tensor:
+    """Sort patches by their scores (N, L), whole numbers, lowest first -> order (N, L); ties are in random order."""
+    # The noise is below 1/2, so it cannot change the order of different whole numbers.
+    return (score + 0.5 * torch.rand(score.shape, device=score.device)).argsort(dim=1)
+
+
+def semantic_order(similarity: Tensor) -> Tensor:
+    """Order patches by their distance on the grid from the most similar patch. This is the paper's order."""
+    row, column, grid = grid_positions(similarity)
+    centre = similarity.argmax(dim=1, keepdim=True)
+    return ascending((row - centre // grid) ** 2 + (column - centre % grid) ** 2)  # squares are whole numbers
+
+
+def similarity_order(similarity: Tensor) -> Tensor:
+    """Order patches by their similarity, highest first."""
+    return similarity.argsort(dim=1, descending=True, stable=True)
+
+
+@content_free
+def stochastic_order(similarity: Tensor) -> Tensor:
+    """Order patches at random (SAIM)."""
+    return ascending(torch.zeros_like(similarity))
+
+
+@content_free
+def raster_order(similarity: Tensor) -> Tensor:
+    """Order patches row by row (iGPT)."""
+    n, length = similarity.shape
+    return torch.arange(length, device=similarity.device).repeat(n, 1)
+
+
+@content_free
+def center_order(similarity: Tensor) -> Tensor:
+    """Order patches in square rings from the centre of the image outwards."""
+    row, column, grid = grid_positions(similarity)
+    ring = torch.maximum((2 * row - grid + 1).abs(), (2 * column - grid + 1).abs())
+    return ascending(ring.expand(len(similarity), -1))
+
+
+ORDERS = {"semantic": semantic_order, "similarity": similarity_order, "stochastic": stochastic_order,
+          "raster": raster_order, "center": center_order}
+
+
+def order_function(kind) -> Callable:
+    """Return the function of an order: kind is a name in ORDERS or already a function. Raises ValueError."""
+    if not callable(kind):
+        _check("order", kind, ORDERS)
+    return kind if callable(kind) else ORDERS[kind]
+
+
+def patch_order(kind, similarity: Tensor) -> Tensor:
+    """Order the patches: similarity (N, L) -> order (N, L) long, where order[n, t] is the patch predicted at step t.
+
+    kind: a name in ORDERS, or a function with the same signature. Raises ValueError if the name is unknown or if the
+    function returns another shape or type. That each row is a permutation is not checked: on a GPU, the check would
+    wait for the device."""
+    function = order_function(kind)
+    order = function(similarity)
+    if not torch.is_tensor(order) or order.shape != similarity.shape or order.dtype != torch.long:
+        found = f"{order.dtype} {tuple(order.shape)}" if torch.is_tensor(order) else type(order).__name__
+        raise ValueError(f"order {getattr(function, '__name__', function)} must return torch.int64 "
+                         f"{tuple(similarity.shape)}, but it returns {found}")
+    return order
 
 
 # ---------------------------------------------------------------- masks (paper: Autoregressive modeling) ----
@@ -370,14 +430,15 @@ class SemAIM(ViT):
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
                  target_dim=None, order="semantic", anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp"):
-        for flag, value, choices in (("target", target, TARGETS), ("order", order, ORDERS), ("head", head,
-                                     ("mlp", "linear")), ("anchor", anchor, ANCHORS), ("loss", loss, ("l2", "l1"))):
+        for flag, value, choices in (("target", target, TARGETS), ("anchor", anchor, ANCHORS),
+                                     ("loss", loss, ("l2", "l1")), ("head", head, ("mlp", "linear"))):
             _check(flag, value, choices)
         if not query_depth or depth % query_depth:
             raise ValueError(f"query_depth {query_depth} does not divide depth {depth}")
         super().__init__(img_size, patch_size, dim, depth, heads)
         self.target, self.order, self.anchor, self.loss = target, order, anchor, loss
         self.norm_pix, self.blur = norm_pix, blur
+        self.needs_similarity = not getattr(order_function(order), "content_free", False)
         self.pos_embed.requires_grad_(False)
         self.query_blocks = nn.ModuleList(QueryBlock(dim, heads) for _ in range(query_depth))
         out = target_dim or (patch_size**2 * 3 if target == "pixel" else dim)
@@ -426,21 +487,50 @@ class SemAIM(ViT):
     def _predict(self, query: Tensor) -> Tensor:
         return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
 
+    def _choose_order(self, images: Tensor, teacher_tokens: Optional[Tensor], similarity: Optional[Tensor]):
+        """Return the order (N, L) and the similarity (N, L) that decided it, or None if the order needs none."""
+        if not self.needs_similarity:
+            return patch_order(self.order, images.new_zeros(len(images), self.pos_embed.shape[1] - 1)), None
+        if similarity is None and teacher_tokens is None:
+            similarity = self.similarity(images)
+        elif similarity is None:
+            if self.anchor == "attention":
+                raise ValueError("anchor 'attention' cannot be computed from teacher_tokens: pass similarity=(N, L), "
+                                 "for example Teacher.attention_map(images)")
+            similarity = similarity_map(teacher_tokens, self.anchor)
+        return patch_order(self.order, similarity), similarity
+
+    def _choose_target(self, images: Tensor, teacher_tokens: Optional[Tensor]) -> Tensor:
+        """Return the pixel target, or the teacher's patch tokens."""
+        if self.target == "pixel":
+            return pixel_target(images, self.patch_size, self.blur, self.norm_pix)
+        if teacher_tokens is None:
+            raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens=(N, 1+L, C) "
+                             "or target=(N, L, C)")
+        return teacher_tokens[:, 1:]
+
     def forward(self, images: Tensor, order: Optional[Tensor] = None, target: Optional[Tensor] = None,
+                teacher_tokens: Optional[Tensor] = None, similarity: Optional[Tensor] = None,
                 masked: bool = False) -> Output:
-        similarity = None
+        """Predict every patch of images (N, 3, H, W) and compare with the target -> Output.
+
+        order (N, L): if not given, it is computed from `similarity` (N, L), else from teacher_tokens (N, 1+L, C), else
+        from the model's own unmasked pass. target (N, L, C): if not given, it is the pixel target, or the teacher's
+        patch tokens. masked: compute the predictions with predict_masked. Raises ValueError if a shape does not fit."""
         if order is None:
-            if self.order in ("semantic", "similarity"):
-                similarity = self.similarity(images)
-            blank = images.new_zeros(len(images), self.pos_embed.shape[1] - 1)
-            order = patch_order(self.order, blank if similarity is None else similarity)
+            order, similarity = self._choose_order(images, teacher_tokens, similarity)
+        else:
+            similarity = None
+        if order.shape != (len(images), self.pos_embed.shape[1] - 1):
+            raise ValueError(f"the order of the patches is {tuple(order.shape)}, but the images have "
+                             f"{(len(images), self.pos_embed.shape[1] - 1)} patches")
         if target is None:
-            if self.target != "pixel":
-                raise ValueError(f"target {self.target!r} needs the teacher's features: pass target=(N, L, target_dim)")
-            target = pixel_target(images, self.patch_size, self.blur, self.norm_pix)
+            target = self._choose_target(images, teacher_tokens)
         prediction = (self.predict_masked if masked else self.predict)(images, order)
-        loss_map = pixel_loss(prediction, target, self.loss) if self.target == "pixel" else feature_loss(
-            prediction, target)
+        if target.shape != prediction.shape:
+            raise ValueError(f"the target is {tuple(target.shape)}, but the prediction is {tuple(prediction.shape)}")
+        loss_map = (pixel_loss(prediction, target, self.loss) if self.target == "pixel"
+                    else feature_loss(prediction, target))
         return Output(loss_map.mean(), loss_map, order, similarity, prediction)
 
 
@@ -616,10 +706,9 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
-    usual = {arch["dim"]: arch["heads"] for arch in ARCHS.values()}
-    heads = heads or usual.get(dim) or (dim // 64 if dim % 64 == 0 else None)
+    heads = heads or (16 if dim in (1280, 1408) else dim // 64 if dim % 64 == 0 else None)
     if heads is None:
-        raise ValueError(f"a ViT {dim} wide is none of ARCHS: how many heads has it? Pass heads=")
+        raise ValueError(f"the weights do not tell how many heads a ViT {dim} wide has: pass heads=")
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, weights["proj.weight"].shape[0])
     return ViT(img_size, patch_size, dim, depth, heads, **options)

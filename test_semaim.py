@@ -254,6 +254,93 @@ def test_model_orders_by_its_own_unmasked_similarity(anchor):
     assert torch.equal(out.order[:, 0], expected.argmax(1)) and not out.similarity.requires_grad
 
 
+def test_similarity_is_computed_in_fp32_under_autocast():
+    tokens = torch.randn(2, 197, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model, images = tiny(grid=14, anchor="attention"), torch.randn(2, 3, 28, 28)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = [similarity_map(tokens, "cls"), similarity_map(tokens, "gap"), model.attention_map(images).detach()]
+    for found, anchor in zip(maps, ("cls", "gap")):
+        torch.testing.assert_close(found, similarity_map(tokens.float(), anchor), rtol=0, atol=0)
+    for found in maps:
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, found.bfloat16().float())  # not computed in bf16 and then converted
+        assert all(len(row.unique()) > 190 for row in found)  # bf16 would leave about 100 different values
+
+
+def test_a_new_order_is_a_function(monkeypatch):
+    seen = []
+
+    def least_similar_first(similarity):  # a new order, in full
+        seen.append(similarity)
+        return similarity.argsort(dim=1)
+
+    model, images = tiny(order=least_similar_first), torch.randn(3, 3, 8, 8)
+    out = model(images)
+    assert len(seen) == 1 and seen[0].any() and torch.equal(seen[0], model.similarity(images))
+    assert torch.equal(out.order, seen[0].argsort(dim=1)) and torch.equal(out.similarity, seen[0])
+    monkeypatch.setitem(ORDERS, "least", least_similar_first)
+    torch.testing.assert_close(tiny(order="least")(images), out)  # by name, once it is in the table
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_only_content_free_orders_skip_the_similarity_pass(kind):
+    model, passes = tiny(order=kind), []
+    model.similarity = lambda images: passes.append(1) or torch.rand(len(images), 16)
+    out = model(torch.randn(3, 3, 8, 8))
+    assert (len(passes) == 0) == (out.similarity is None) == (kind in ("stochastic", "raster", "center"))
+    own = tiny(order=semaim.content_free(lambda similarity: semaim.raster_order(similarity)))
+    own.similarity = model.similarity
+    assert own(torch.randn(3, 3, 8, 8)).similarity is None and len(passes) == (out.similarity is not None)
+
+
+def test_orders_that_return_something_else_are_refused():
+    def wrong(similarity):
+        return result
+
+    for result, found in ((torch.zeros(3, 15, dtype=torch.long), r"torch.int64 \(3, 15\)"), ([0], "list"),
+                          (torch.zeros(3, 16), r"torch.float32 \(3, 16\)")):
+        with pytest.raises(ValueError, match=rf"order wrong must return torch.int64 \(3, 16\), but it returns {found}"):
+            tiny(order=wrong)(torch.randn(3, 3, 8, 8))
+    with pytest.raises(ValueError, match="order 'spiral' is unknown: choose from semantic, similarity, stochastic"):
+        tiny(order="spiral")
+
+
+def test_who_decides_order_and_target():
+    """Order: `order`, else `similarity`, else teacher_tokens, else the model. Target: `target`, else pixels, else the
+    teacher's tokens."""
+    images, tokens, given = torch.randn(3, 3, 8, 8), torch.randn(3, 17, 24), torch.rand(3, 16)
+    order = patch_order("stochastic", given)
+    pixels = tiny(order="similarity")
+    own = pixels.similarity(images)
+    for arguments, decided in ((dict(), own), (dict(teacher_tokens=tokens), similarity_map(tokens)),
+                               (dict(teacher_tokens=tokens, similarity=given), given), (dict(similarity=given), given)):
+        out = pixels(images, **arguments)
+        torch.testing.assert_close(out.similarity, decided, rtol=0, atol=0)
+        assert torch.equal(out.order, semaim.similarity_order(decided))
+        torch.testing.assert_close(out.loss_map, pixel_loss(out.prediction, pixel_target(images, 2)))
+    out = pixels(images, order, teacher_tokens=tokens, similarity=given)
+    assert out.order is order and out.similarity is None
+    features = tiny(order="similarity", anchor="gap", target="dino", target_dim=24)
+    out = features(images, teacher_tokens=tokens)
+    torch.testing.assert_close(out.similarity, similarity_map(tokens, "gap"), rtol=0, atol=0)
+    torch.testing.assert_close(out.loss_map, feature_loss(out.prediction, tokens[:, 1:]))
+    other = torch.randn(3, 16, 24)
+    out = features(images, target=other, teacher_tokens=tokens)
+    torch.testing.assert_close(out.loss_map, feature_loss(out.prediction, other))
+    attention = tiny(anchor="attention", target="dino", target_dim=24)
+    with pytest.raises(ValueError, match=r"anchor 'attention' .* pass similarity=\(N, L\)"):
+        attention(images, teacher_tokens=tokens)
+    assert torch.equal(attention(images, teacher_tokens=tokens, similarity=given).order[:, 0], given.argmax(1))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    model, images = tiny(target="dino", target_dim=24), torch.randn(3, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"order of the patches is \(3, 25\), but the images have \(3, 16\) patches"):
+        model(images, teacher_tokens=torch.randn(3, 26, 24))  # a teacher with another grid
+    with pytest.raises(ValueError, match=r"target is \(3, 16, 1\), but the prediction is \(3, 16, 24\)"):
+        model(images, target=torch.randn(3, 16, 1))  # would be broadcast
+
+
 # ---------------------------------------------------------------- masks and streams ----
 
 
@@ -347,6 +434,20 @@ def test_compiles_without_a_graph_break():
     torch.compile(model, fullgraph=True, backend="aot_eager")(images).loss.backward()
 
 
+def test_compiles_without_a_graph_break_with_a_teacher():
+    images, tokens = torch.randn(2, 3, 8, 8), torch.randn(2, 17, 24)
+    model = tiny(order=lambda similarity: similarity.argsort(dim=1), target="dino", target_dim=24)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for arguments in (dict(), dict(similarity=torch.rand(2, 16))):
+        plain, out = (call(images, teacher_tokens=tokens, **arguments) for call in (model, compiled))
+        torch.testing.assert_close(out.loss, plain.loss)
+        assert torch.equal(out.order, plain.order)
+    model.grad_checkpointing = True
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(images, teacher_tokens=tokens).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("bf16", (False, True), ids=("fp32", "bf16"))
 def test_grad_checkpointing_changes_the_memory_alone(bf16):
     images, results = torch.randn(2, 3, 8, 8), []
@@ -370,7 +471,7 @@ def test_grad_checkpointing_changes_the_memory_alone(bf16):
 
 def small_vit(seed=0, **options):
     torch.manual_seed(seed)
-    vit = ViT(**dict(img_size=32, patch_size=8, dim=128, depth=2, heads=4) | options)  # 128 wide: 4 heads, as vit_nano
+    vit = ViT(**dict(img_size=32, patch_size=8, dim=128, depth=2, heads=2) | options)
     return vit.eval()
 
 
@@ -390,7 +491,7 @@ def clip_weights(dtype=torch.float32, dim=128, depth=2, patch=8, tokens=17, out=
             for name, shape in shapes.items()}
 
 
-def clip_by_hand(weights, images, heads=4):
+def clip_by_hand(weights, images, heads=2):
     """CLIP's image tower on torch.nn.MultiheadAttention, straight from the weights; every token projected."""
     w = {name: x.float() for name, x in weights.items()}
     dim = len(w["class_embedding"])
@@ -478,13 +579,13 @@ def test_weight_files_load_as_they_are(tmp_path, layout):
 
 def test_timm_both_ways(tmp_path):
     timm = pytest.importorskip("timm")
-    options = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=4, num_classes=0)
+    options = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=0)
     images = torch.randn(2, 3, 32, 32)
     theirs = timm.models.VisionTransformer(**options).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
     torch.testing.assert_close(semaim.load_teacher("dino", tmp_path / "timm.pth")(images),
                                theirs.forward_features(images).detach(), rtol=1e-5, atol=1e-5)
-    model = SemAIM(32, 8, 128, 2, 4, 2)
+    model = SemAIM(32, 8, 128, 2, 2, 2)
     torch.save(dict(model=model.state_dict(), config={}, step=0), tmp_path / "last.pt")
     train.main(["--export", str(tmp_path / "out.pth"), "--checkpoint", str(tmp_path / "last.pt")])
     theirs.load_state_dict(torch.load(tmp_path / "out.pth", weights_only=True), strict=True)
@@ -555,7 +656,7 @@ def test_teacher_decides_order_and_target():
     small = F.interpolate(images, size=(32, 32), mode="bicubic", antialias=True)
     tokens = teacher(images)
     torch.testing.assert_close(tokens, teacher.vit.tokens(small))  # another size than the teacher's is resized
-    out = train.forward(model, small, teacher, model)
+    out = model(small, teacher_tokens=tokens)
     similarity = similarity_map(tokens, "cls")
     torch.testing.assert_close(out.similarity, similarity)
     assert torch.equal(out.order[:, 0], similarity.argmax(1))
@@ -1412,14 +1513,17 @@ def test_readme_commands_parse():
 # ---------------------------------------------------------------- what a user can get wrong ----
 
 
-def test_heads_are_not_guessed(tmp_path, capsys, pretrained):
-    torch.save(ViT(32, 8, 96, 2, 3).state_dict(), tmp_path / "96.pt")
-    weights = semaim.load_weights(tmp_path / "96.pt")
-    assert semaim.vit_like(weights, heads=3).blocks[0].attn.heads == 3
-    with pytest.raises(ValueError, match="a ViT 96 wide is none of ARCHS: how many heads has it"):
-        semaim.vit_like(weights)
-    with pytest.raises(SystemExit, match="--checkpoint .*96.pt: a ViT 96 wide is none of ARCHS, and eval.py cannot"):
-        score(tmp_path, capsys, "knn", "--checkpoint", str(tmp_path / "96.pt"))
+def test_heads_are_not_guessed():
+    def heads(dim, **options):
+        with torch.device("meta"):
+            weights = ViT(16, 8, dim, 1, 1).state_dict()
+            return semaim.vit_like(weights, **options).blocks[0].attn.heads
+
+    assert [heads(dim) for dim in (64, 128, 384, 768, 1024, 1280, 1408)] == [1, 2, 6, 12, 16, 16, 16]
+    assert all(heads(arch["dim"]) == arch["heads"] for arch in semaim.ARCHS.values())
+    assert heads(96, heads=3) == 3 and heads(1280, heads=20) == 20
+    with pytest.raises(ValueError, match="do not tell how many heads a ViT 96 wide has: pass heads="):
+        heads(96)
 
 
 @pytest.mark.parametrize("flags,message", (
