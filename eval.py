@@ -1,17 +1,17 @@
-"""Evaluate a pre-trained encoder: k-NN, linear probe, fine-tuning.
+"""Evaluate a pre-trained encoder: k-NN, linear probe, fine-tuning, pictures.
 
     python eval.py knn --checkpoint FILE --data DIR                       no training at all
-    python eval.py linear --checkpoint FILE --data DIR --cache_features   a linear classifier, features cached
+    python eval.py linear --checkpoint FILE --data DIR --cache_features   a linear classifier on cached features
     python eval.py linear --checkpoint FILE --data DIR                    the same by the paper's recipe
     python eval.py finetune --checkpoint FILE --data DIR                  the whole network
-    python eval.py finetune --checkpoint FILE --data DIR --eval_only      score a file that finetune has written
-    torchrun --nproc_per_node=8 eval.py finetune ...                      any of them on 8 GPUs
+    python eval.py finetune --checkpoint FILE --data DIR --eval_only      score a classifier that finetune has saved
+    python eval.py show --checkpoint FILE IMAGE...                        draw the similarity and the order
+    torchrun --nproc_per_node=8 eval.py finetune ...                      any of the scores on 8 GPUs
 
-FILE is any file that semaim.load_weights knows; without --checkpoint the weights are random, the honest baseline. DIR
-holds train/CLASS/* and val/CLASS/* (or test/). Scores are of val, which chooses nothing but best.pt. The last line
-printed is one JSON object with task, top1 and top5 in %.
+FILE is any file that semaim.load_weights reads; without --checkpoint the weights are random, which is the baseline. DIR
+holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used for scores and to choose best.pt, for nothing else.
+The last line printed is one JSON object, with task, top1 and top5 in %, or for show with the picture's path.
 """
-import functools
 import json
 import time
 from pathlib import Path
@@ -20,39 +20,38 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision.transforms as v1
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 import train
-from semaim import ARCHS, ViT, pool_tokens, resize_positions, safe_load, vit_like
-from train import MEAN, RANK, WORLD, Images, Parser, Run, fail, fit, gather, infer, knn_votes, load_data, say
+from semaim import (ANCHORS, ARCHS, SemAIM, Teacher, ViT, load_weights, patch_order, pool_tokens, resize_positions,
+                    vit_like)
+from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, collect, eval_batches, gather,
+                   knn_votes, learning_rate, load_data, normalise, positive, say)
 
 # The release's recipes, for ViT-B on ImageNet; vit_nano's own, for small data sets on a CPU.
 RECIPES = {
     "knn": dict(batch_size=256, total_batch=256, pool="cls"),
-    "linear": dict(batch_size=512, total_batch=4096, epochs=90, warmup_epochs=0, blr=0.1, min_lr=0.0, weight_decay=0.0,
-                   clip_grad=0.0, pool="cls", smoothing=0.0),
-    "finetune": dict(batch_size=128, total_batch=1024, epochs=100, warmup_epochs=20, blr=5e-4, min_lr=1e-6,
-                     weight_decay=0.05, clip_grad=0.0, pool="mean", layer_decay=0.65, drop_path=0.1, crop_min=0.08,
-                     randaugment=9, erasing=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1),
+    "linear": dict(batch_size=512, total_batch=4096, epochs=90, warmup_epochs=0.0, blr=0.1, min_lr=0.0,
+                   weight_decay=0.0, clip_grad=0.0, eval_every=1, pool="cls", smoothing=0.0),
+    "finetune": dict(batch_size=128, total_batch=1024, epochs=100, warmup_epochs=20.0, blr=5e-4, min_lr=1e-6,
+                     weight_decay=0.05, clip_grad=0.0, eval_every=1, pool="mean", smoothing=0.1, layer_decay=0.65,
+                     drop_path=0.1, crop_min=0.08, randaugment=9, erasing=0.25, mixup=0.8, cutmix=1.0),
+    "show": dict(batch_size=64, total_batch=64),
 }
 NANO = {
-    "knn": {},
+    "knn": {}, "show": {},
     "linear": dict(batch_size=256, total_batch=256, epochs=10),
-    "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1, blr=2e-3, layer_decay=0.75, drop_path=0.0,
+    "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1.0, blr=2e-3, layer_decay=0.75, drop_path=0.0,
                      crop_min=0.6, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0),
 }
-SAME = ("task", "checkpoint", "weights", "data", "label_fraction", "seed", "arch", "img_size", "patch_size", "pool",
-        "total_batch", "epochs", "warmup_epochs", "blr", "min_lr", "weight_decay", "clip_grad", "layer_decay",
-        "drop_path", "crop_min", "randaugment", "erasing", "mixup", "cutmix", "smoothing")  # of a run that goes on
 
 
 # ---------------------------------------------------------------- models ----
 
 
 class Probe(nn.Module):
-    """A frozen ViT under a linear classifier: images (N, 3, H, W) -> logits (N, classes). The features are `norm`'s CLS
-    or mean of the patches; BatchNorm without affine brings them to one scale."""
+    """A linear classifier on a frozen ViT: images (N, 3, H, W) -> logits (N, classes). The features are [CLS] or the
+    mean of the patch tokens, after the final norm; BatchNorm without affine parameters scales them."""
 
     def __init__(self, backbone: ViT, pool: str, classes: int):
         super().__init__()
@@ -65,19 +64,15 @@ class Probe(nn.Module):
         self.backbone.eval()
         return self
 
-    @torch.no_grad()
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, H, W) -> (N, D)."""
-        return pool_tokens(self.backbone.tokens(images), self.pool)
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.features(images)
+        with torch.no_grad():
+            features = pool_tokens(self.backbone.tokens(images), self.pool)
         with torch.autocast(images.device.type, enabled=False):  # as in ViT
             return self.head(features)
 
 
 def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
-    """Linear layer from dim to classes, normal weights of that std, no bias at first."""
+    """A linear layer with truncated normal weights of that std and no bias at first."""
     head = nn.Linear(dim, classes)
     nn.init.trunc_normal_(head.weight, std=std)
     nn.init.zeros_(head.bias)
@@ -85,17 +80,17 @@ def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
 
 
 def make_encoder(args, weights, **options) -> ViT:
-    """A ViT with the weights of --checkpoint, its positions interpolated to --img_size, or with random ones."""
+    """A ViT with the weights of --checkpoint, its positions interpolated to --img_size, or with random weights."""
     if weights is None:
         size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
         return ViT(args.img_size, args.patch_size, **size, **options)
-    vit = vit_like(weights, img_size=args.img_size, **options)
+    vit = vit_like(weights, args.heads, args.img_size, **options)
     weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)}
-    fresh = () if args.eval_only else ("head.", "fc_norm.")
-    missing = [name for name in vit.state_dict() if name not in weights and not name.startswith(fresh)]
+    new = () if args.eval_only else ("head.", "fc_norm.")
+    missing = [name for name in vit.state_dict() if name not in weights and not name.startswith(new)]
     if missing:
-        fail(f"--checkpoint {args.checkpoint} lacks {', '.join(missing[:3])}, which {args.task} needs")
-    vit.load_state_dict({name: weights[name] for name in vit.state_dict() if not name.startswith(fresh)}, strict=False)
+        raise ValueError(f"{args.checkpoint} lacks {', '.join(missing[:3])}, which {args.task} needs")
+    vit.load_state_dict({name: weights[name] for name in vit.state_dict() if not name.startswith(new)}, strict=False)
     return vit
 
 
@@ -105,8 +100,8 @@ def make_classifier(args, weights, classes: int) -> nn.Module:
     if args.eval_only:
         rows = len(weights.get(f"{head}.weight", ()))
         if rows != classes:
-            fail(f"--checkpoint {args.checkpoint} has a head for {rows} classes, but --data {args.data} has {classes}"
-                 if rows else f"--checkpoint {args.checkpoint} has no {head}.weight: --eval_only needs a classifier")
+            raise ValueError(f"{args.checkpoint} has " + (f"a head for {rows} classes, but --data {args.data} has "
+                             f"{classes}" if rows else f"no {head}.weight: --eval_only needs a classifier"))
     if args.task == "linear":
         model = Probe(make_encoder(args, weights), args.pool, classes)
         if args.eval_only:
@@ -115,11 +110,12 @@ def make_classifier(args, weights, classes: int) -> nn.Module:
     model = make_encoder(args, weights, num_classes=classes, pool=args.pool, drop_path=args.drop_path)
     if not args.eval_only:
         model.head = linear_head(model.head.in_features, classes, std=2e-5)
+    model.grad_checkpointing = args.grad_checkpointing
     return model
 
 
 def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Groups for AdamW, whose "scale" of the learning rate is layer_decay^(depth + 1 - layer): layer 0 is what comes
+    """Parameter groups whose "scale" of the learning rate is layer_decay^(depth + 1 - layer): layer 0 is what comes
     before the blocks, i + 1 is blocks.i, depth + 1 what comes after. No weight decay for 1-D parameters, cls_token and
     pos_embed."""
     groups = {}
@@ -138,23 +134,20 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
 # ---------------------------------------------------------------- views ----
 
 
-def probe_view(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize to 256/224 of the size, random crop, flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
-    side = min(image.shape[1:]) * 224 // 256 or 1
-    return train.cut(image, *v1.RandomCrop.get_params(image, (side, side)), size)
+def probe_view(size: int) -> v2.Transform:
+    """The linear probe's view: resize to 256/224 of the size, random crop and flip."""
+    return v2.Compose([v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC, antialias=True), v2.RandomCrop(size),
+                       v2.RandomHorizontalFlip()])
 
 
-def augmentation(randaugment: int, erasing: float) -> v2.Transform:
-    """RandAugment of that magnitude (0 to 10, as timm counts; 0: none), and RandomErasing with that probability."""
+def finetune_view(args) -> v2.Transform:
+    """The fine-tuning view: random crop and flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing."""
     grey = [round(255 * x) for x in MEAN]
-    return v2.Compose([v2.RandAugment(2 if randaugment else 0, randaugment, num_magnitude_bins=11,
-                                      interpolation=v2.InterpolationMode.BILINEAR, fill=grey),
-                       v2.RandomErasing(erasing, value=grey)])
-
-
-def augmented_view(image: torch.Tensor, size: int, smallest: float, then) -> torch.Tensor:
-    """uint8 (3, H, W) -> uint8 (3, size, size): random_view, and what comes after it."""
-    return then(train.random_view(image, size, smallest))
+    return train.random_crop(
+        args.img_size, args.crop_min,
+        v2.RandAugment(2 if args.randaugment else 0, args.randaugment, num_magnitude_bins=11,
+                       interpolation=InterpolationMode.BILINEAR, fill=grey),
+        v2.RandomErasing(args.erasing, value=grey))
 
 
 # ---------------------------------------------------------------- scores ----
@@ -167,20 +160,15 @@ def score(guesses: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
 
 
 def best_five(scores: torch.Tensor) -> torch.Tensor:
-    """(n, classes) -> (n, 5) classes, the best first; fewer where there are fewer."""
+    """The classes with the highest scores (n, classes), best first: (n, 5), or fewer if there are fewer."""
     return scores.topk(min(5, scores.shape[1])).indices
 
 
-def report(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list[str], **more):
-    """Prints the result, one JSON object, and appends it to log.jsonl."""
+def report(args, **result):
+    """Print the result as one JSON object, and append it to log.jsonl."""
     if RANK:
         return
-    if args.per_class:
-        for label, name in enumerate(classes):
-            own = guesses[truth == label, 0] == label
-            say(f"{name}: {100 * own.float().mean():.1f} % of {len(own)} images")
-    result = dict(task=args.task, **score(guesses, truth), images=len(truth), data=args.data,
-                  checkpoint=args.checkpoint, **more)
+    result = dict(task=args.task) | result | dict(data=args.data, checkpoint=args.checkpoint)
     print(json.dumps(result), flush=True)
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -190,30 +178,49 @@ def report(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list[str],
         say(f"--output_dir {args.output_dir}: the result could not be written there ({e.strerror})")
 
 
-# ---------------------------------------------------------------- k-NN ----
+def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list[str], **more):
+    """Report top-1 and top-5, and with --per_class the accuracy of each class."""
+    if args.per_class:
+        for label, name in enumerate(classes):
+            own = guesses[truth == label, 0] == label
+            say(f"{name}: {100 * own.float().mean():.1f} % of {len(own)} images")
+    report(args, **score(guesses, truth), images=len(truth), **more)
 
 
-def knn(args, device, weights, data: Images, val: Images):
+@torch.no_grad()
+def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """The five best guesses (n, 5) for all images, in evaluation mode, and their labels (n,)."""
+    for buffer in model.buffers() if WORLD > 1 else ():  # each process has its own BatchNorm statistics
+        dist.broadcast(buffer, 0)
+    was_training = model.training
+    model.eval()
+    guesses, labels = [], []
+    for batch, label in eval_batches(images, args):
+        with autocast(args.precision):
+            guesses.append(best_five(model(batch)))
+        labels.append(label)
+    model.train(was_training)
+    return collect(guesses, labels, len(images))
+
+
+# ---------------------------------------------------------------- tasks ----
+
+
+def knn(args, weights, data: Images, val: Images):
     """Weighted k-NN on frozen features, for each of --k."""
-    vit = make_encoder(args, weights).to(device).eval()
-
-    def features(images):
-        return pool_tokens(vit.tokens(images), args.pool)
-
-    bank, labels = infer(features, data, args.img_size, args, device)
+    vit = make_encoder(args, weights).to(DEVICE).eval()
+    pool = ("cls", "mean").index(args.pool)
+    bank, labels = train.features(vit, data, args)
     if max(args.k) > len(bank):
-        fail(f"--k {max(args.k)} is larger than the training set ({len(bank)} images)")
-    queries, truth = infer(features, val, args.img_size, args, device)
-    guesses = {k: gather(best_five(knn_votes(queries[RANK::WORLD], bank, labels, len(data.classes), k)), len(queries))
-               for k in args.k}
-    report(args, guesses[args.k[0]], truth, data.classes, k={k: score(guesses[k], truth) for k in args.k})
-
-
-# ---------------------------------------------------------------- linear probe on cached features ----
+        raise ValueError(f"--k {max(args.k)} is larger than the training set ({len(bank)} images)")
+    queries, truth = train.features(vit, val, args)
+    guesses = {k: gather(best_five(knn_votes(queries[RANK::WORLD, pool], bank[:, pool], labels, len(data.classes), k)),
+                         len(queries)) for k in args.k}
+    report_score(args, guesses[args.k[0]], truth, data.classes, k={k: score(guesses[k], truth) for k in args.k})
 
 
 def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], args) -> list[nn.Linear]:
-    """Features (n, D), labels (n,) -> a linear classifier for each learning rate, trained side by side with SGD."""
+    """Train a linear classifier for each learning rate, side by side: features (n, D), labels (n,)."""
     heads = [linear_head(x.shape[1], classes).to(x.device) for _ in lrs]
     optimizer = torch.optim.SGD([dict(params=head.parameters()) for head in heads], momentum=0.9,
                                 weight_decay=args.weight_decay)
@@ -223,7 +230,7 @@ def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], 
         if step % per_epoch == 0:
             shuffled = torch.randperm(len(x)).to(x.device)
         for group, lr in zip(optimizer.param_groups, lrs):
-            group["lr"] = train.learning_rate(step / per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
+            group["lr"] = learning_rate(step / per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
         some = shuffled[step % per_epoch * batch:][:batch]
         sum(F.cross_entropy(head(x[some]), y[some]) for head in heads).backward()
         optimizer.step()
@@ -231,96 +238,128 @@ def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], 
     return heads
 
 
-def linear_cached(args, device, weights, data: Images, val: Images):
-    """The linear probe on features computed once, without augmentation. A held-out tenth of the training set picks the
-    learning rate; then the classifier is trained anew on all of it. Every process does the same."""
-    classes = len(data.classes)
-    probe = Probe(make_encoder(args, weights), args.pool, classes).to(device).eval()
-    x, y = infer(probe.features, data, args.img_size, args, device)
+def linear_cached(args, weights, data: Images, val: Images):
+    """The linear probe on features that are computed once, without augmentation. A held-out tenth of the training set
+    chooses the learning rate; then the classifier is trained again on all of it. Every process does the same."""
+    classes, pool = len(data.classes), ("cls", "mean").index(args.pool)
+    probe = Probe(make_encoder(args, weights), args.pool, classes).to(DEVICE).eval()
+    x, y = train.features(probe.backbone, data, args)
     norm = probe.head[0]
-    norm.running_mean, norm.running_var = x.mean(0), x.var(0)
-    x = norm(x)
-    torch.manual_seed(args.seed)  # the loader has left the generator who knows where
+    norm.running_mean, norm.running_var = x[:, pool].mean(0), x[:, pool].var(0)
+    x = norm(x[:, pool])
+    torch.manual_seed(args.seed)  # reading images has changed the generator
     order = torch.randperm(len(x))
     held, rest = order[:-(-len(x) // 10)], order[-(-len(x) // 10):]
     lrs = [args.blr * args.total_batch / 256 * factor for factor in (0.03, 0.1, 0.3, 1, 3, 10)]
     start = time.monotonic()
     heads = fit_heads(x[rest], y[rest], classes, lrs, args)
-    say(f"{len(rest):,} images train, {len(held):,} choose among {len(lrs)} learning rates; "
-        f"{(time.monotonic() - start) / args.epochs:.2f} s an epoch")
+    say(f"{len(rest):,} images for training and {len(held):,} to choose among {len(lrs)} learning rates; "
+        f"{(time.monotonic() - start) / args.epochs:.2f} s per epoch")
     right = [(head(x[held]).argmax(1) == y[held]).float().mean().item() for head in heads]
     lr = lrs[right.index(max(right))]
     probe.head[1], = fit_heads(x, y, classes, [lr], args)
-    guesses, truth = infer(lambda images: best_five(probe(images)), val, args.img_size, args, device)
-    report(args, guesses, truth, data.classes, lr=lr)
+    report_score(args, *classify(probe, val, args), data.classes, lr=lr)
     if RANK == 0:
         train.save_checkpoint(Path(args.output_dir) / "cached.pt", dict(model=probe.state_dict(), config=vars(args)))
 
 
-# ---------------------------------------------------------------- linear probe and fine-tuning ----
-
-
-def classify(args, device, weights, data: Images, val: Images):
-    """Trains the classifier and scores it after every epoch; last.pt to go on from, best.pt the best so far."""
-    classes = len(data.classes)
-    model = make_classifier(args, weights, classes).to(device)
-    if args.task == "finetune":
-        model.grad_checkpointing = args.grad_checkpointing
+def train_classifier(args, weights, data: Images, val: Images):
+    """Train the classifier of `linear` or `finetune`, and score it. last.pt is for resuming, best.pt the best so far."""
+    model = make_classifier(args, weights, len(data.classes)).to(DEVICE)
     if args.compile:
         model.compile()
-
-    def guess():
-        for buffer in model.buffers() if WORLD > 1 else ():  # BatchNorm's are each process's own
-            dist.broadcast(buffer, 0)
-        model.eval()
-        guesses = infer(lambda images: best_five(model(images)), val, args.img_size, args, device)
-        model.train()
-        return guesses
-
     if args.eval_only:
-        return report(args, *guess(), data.classes)
+        return report_score(args, *classify(model, val, args), data.classes)
     if args.task == "linear":
         optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-        view = probe_view
+        view, mixes = probe_view(args.img_size), []
     else:
         optimizer = train.adamw(layer_decay_groups(model, args.weight_decay, args.layer_decay), betas=(0.9, 0.999))
-        view = functools.partial(augmented_view, smallest=args.crop_min,
-                                 then=augmentation(args.randaugment, args.erasing))
-    mixes = [kind(alpha=alpha, num_classes=classes)
-             for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
-    mix = v2.RandomChoice(mixes) if mixes else lambda *batch: batch
+        view = finetune_view(args)
+        mixes = [kind(alpha=alpha, num_classes=len(data.classes))
+                 for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
+    run = Run(args, model, optimizer, len(data), best=-1.0)
+    say(f"{run.last_step:,} steps of {run.total_batch}, results in {run.folder}")
 
-    def loss_of(call, images, labels):
-        images, labels = mix(images, labels)
-        return F.cross_entropy(call(images), labels, label_smoothing=args.smoothing)
+    model.train()
+    for _, micro_batches in run.steps(Views(data, view, args.seed)):
+        lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
+        run.set_learning_rate(lr)
+        for images, labels in micro_batches:
+            images, labels = mix(images, labels)
+            with autocast(args.precision):
+                loss = F.cross_entropy(run.forward(images), labels, label_smoothing=args.smoothing)
+            run.backward(loss)
+        run.log_step(lr=lr, **run.update())
+        if run.epoch_ended(args.eval_every) and not run.stopping:
+            scores = score(*classify(model, val, args))
+            say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
+            run.log(**scores)
+            if scores["top1"] > run.state["best"]:
+                run.state["best"] = scores["top1"]
+                run.save("best.pt", **scores)
+        if run.save_due:
+            run.save()
 
-    last = []  # guesses and truth, once there are any
+    if run.finished:
+        report_score(args, *classify(model, val, args), data.classes, best_top1=run.state["best"], step=run.last_step)
 
-    def after_step(step: int):
-        if (step + 1) % (args.eval_every * per_epoch) and step + 1 != stop:
-            return None
-        start = time.monotonic()
-        last[:] = guess()
-        scores = score(*last)
-        say(f"epoch {run.state['epoch']:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
-        run.log(**scores)
-        if scores["top1"] > run.state["best"]:
-            run.state["best"] = scores["top1"]
-            try:
-                if RANK == 0:
-                    train.save_checkpoint(run.out / "best.pt",
-                                          dict(model=model.state_dict(), config=vars(args), **scores))
-            except SystemExit as e:  # a full disk may have room again next time
-                say(f"{e}; training goes on")
-        return time.monotonic() - start
 
-    run = Run(args, device, model, optimizer, SAME, best=-1.0)
-    data.unreadable = run.state["unreadable"]
-    per_epoch = train.count_steps(args, len(data))
-    stop = per_epoch * args.epochs
-    say(f"{stop:,} steps of {args.total_batch}, results in {run.out}")
-    if fit(run, loss_of, data.seen(view, args.img_size, args.seed), stop, after_step=after_step):
-        report(args, *(last or guess()), data.classes, best_top1=run.state["best"], step=stop)
+# ---------------------------------------------------------------- pictures ----
+
+
+def make_decoder(args, weights) -> SemAIM | None:
+    """The whole SemAIM model of --checkpoint if the file has one that predicts pixels, else None."""
+    out = next((len(weights[f"prediction_head.{name}weight"]) for name in ("fc2.", "")
+                if f"prediction_head.{name}weight" in weights), 0)
+    if out != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
+        return None
+    vit = vit_like(weights, args.heads)
+    model = SemAIM(args.img_size, args.patch_size, vit.cls_token.shape[-1], len(vit.blocks), vit.blocks[0].attn.heads,
+                   query_depth=len({name.split(".")[1] for name in weights if name.startswith("query_blocks.")}),
+                   head="mlp" if "prediction_head.fc2.weight" in weights else "linear")
+    grid = args.img_size // args.patch_size
+    model.load_state_dict(weights | {"pos_embed": resize_positions(weights["pos_embed"], grid)})
+    return model.eval()
+
+
+def make_viewer(args, weights):
+    """What gives tokens and attention maps for show: a ViT, or a Teacher for the files of CLIP."""
+    if weights is None or "proj.weight" not in weights:
+        return make_encoder(args, weights).eval()
+    vit = vit_like(weights, args.heads, args.img_size, args.activation)
+    vit.load_state_dict(weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)})
+    return Teacher(vit, clip=True)
+
+
+@torch.no_grad()
+def show(args, weights):
+    """Draw what a model sees in some images: the similarity by each anchor, the order as steps and, if the file has the
+    decoder, target and prediction. With --data, also report how much the order depends on the content."""
+    if args.images:
+        data, indices = Images(args.images), range(len(args.images))
+    else:
+        data = load_data(args.data, "val", args.data_root) or load_data(args.data, "train", args.data_root)
+        indices = train.evenly(data, 8).tolist()
+    pictures = [data.load(i) for i in indices]
+    pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
+                                         [args.img_size, args.img_size]) for picture in pictures])
+    viewer, model = make_viewer(args, weights).to(DEVICE), weights and make_decoder(args, weights)
+    batch = normalise(pictures)
+    anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
+    rows = {"image": pictures / 255}
+    for name in dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS):
+        rows[f"similarity\n({name})" if name != "attention" else "attention"] = train.anchor_map(viewer, batch, name)
+    order = patch_order("semantic", train.anchor_map(viewer, batch, anchor))
+    rows[f"order\n(by {anchor})"] = -order.argsort(1)
+    if model:
+        rows |= train.decoder_rows(model.to(DEVICE), batch, model(batch, order))
+    path = Path(args.output_dir) / "show.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train.draw(path, rows, cell=max(224, 1344 // len(pictures)) if len(pictures) < 6 else 224)
+    statistics = {} if args.images else train.order_statistics(viewer, data, anchor, args)
+    report(args, picture=str(path), anchor=anchor, **statistics)
 
 
 # ---------------------------------------------------------------- command line ----
@@ -334,90 +373,124 @@ def stratified(data: Images, fraction: float, seed: int) -> Images:
         own = shuffled[data.labels[shuffled] == label]
         kept.append(own[:round(fraction * len(own))])
         if not len(kept[-1]):
-            fail(f"--label_fraction {fraction} leaves no image of class {name}, which has {len(own)}")
+            raise ValueError(f"--label_fraction {fraction} leaves no image of class {name}, which has {len(own)}")
     return data.subset(torch.cat(kept).sort().values)
 
 
-def parse_args(argv=None):
-    """Command line -> arguments; what is still None depends on the checkpoint and comes from RECIPES or NANO."""
-    parser = Parser("Evaluate a pre-trained encoder.")
-    add = parser.add_argument
-    add("task", choices=RECIPES)
-    add("--checkpoint", help="any file that semaim.load_weights knows; default: random weights")
-    add("--arch", choices=ARCHS, help="of random weights; a checkpoint knows its own")
-    add("--output_dir", help="default: a folder beside the checkpoint")
-    add("--label_fraction", type=float, default=1.0, help="train on this share of every class")
-    add("--pool", choices=("cls", "mean"), help="default: cls, but mean for finetune")
-    add("--per_class", action="store_true", help="also print the accuracy of each class")
-    add("--k", type=int, nargs="+", default=[20, 10, 30], help="knn: neighbours; the first is the result")
-    add("--cache_features", action="store_true", help="linear: compute the features once, without augmentation")
-    add("--eval_only", action="store_true", help="linear, finetune: only score the classifier in --checkpoint")
-    add("--eval_every", type=int, default=1, help="epochs between two scores")
-    for name in ("layer_decay", "drop_path", "crop_min", "erasing", "mixup", "cutmix", "smoothing"):
-        add(f"--{name}", type=float)
-    add("--randaugment", type=int, choices=range(11), metavar="0-10", help="magnitude; 0: none")
-    args = parser.parse_args(argv)
-    if min(args.k) < 1 or args.eval_every < 1 or not 0 < args.label_fraction <= 1:
-        fail("--k and --eval_every begin at 1, --label_fraction lies above 0 and ends at 1")
-    return args
-
-
-def evaluate(args):
-    """One evaluation, from the command line's arguments to the JSON line."""
-    weights = None if args.checkpoint is None else train.read_weights(args.checkpoint)
+def model_size(weights, arch: str | None, heads: int | None) -> dict:
+    """arch, img_size and patch_size of the checkpoint, or of --arch for random weights."""
     if weights is None:
-        if args.eval_only:
-            fail("--eval_only needs --checkpoint FILE, a classifier")
-        args.weights = None
-        size = dict(arch=args.arch or "vit_nano")
-        size |= dict(patch_size=ARCHS[size["arch"]]["patch_size"],
-                     img_size=train.RECIPES.get(size["arch"], train.PAPER)["img_size"])
-    else:
-        if "proj.weight" in weights:
-            fail(f"--checkpoint {args.checkpoint} is a CLIP tower: it serves as a teacher in train.py")
-        try:
-            vit = vit_like(weights)
-        except ValueError as e:
-            fail(f"--checkpoint {args.checkpoint}: {str(e).split(':')[0]}, and eval.py cannot know its heads")
-        dim, depth = vit.cls_token.shape[-1], len(vit.blocks)
-        size = dict(arch=next((a for a, s in ARCHS.items() if (s["dim"], s["depth"]) == (dim, depth)), "unknown"),
-                    patch_size=vit.patch_size, img_size=vit.img_size)
-        args.weights = sum(w.double().sum().item() for w in weights.values())  # tells one last.pt from the next
-        if args.eval_only:
-            config = safe_load(args.checkpoint).get("config", {})
-            args.pool = args.pool or config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
-        for name in ("arch", "patch_size"):
-            if getattr(args, name) not in (None, size[name]):
-                fail(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]} (width {dim}, depth "
-                     f"{depth}, patches of {vit.patch_size}); leave --{name} out")
-    args.arch = size["arch"]
-    device = train.setup(args)
-    torch.manual_seed(args.seed)
+        arch = arch or "vit_nano"
+        return dict(arch=arch, patch_size=ARCHS[arch]["patch_size"],
+                    img_size=train.RECIPES.get(arch, train.PAPER)["img_size"])
+    vit = vit_like(weights, heads)
+    size = vit.cls_token.shape[-1], len(vit.blocks)
+    arch = next((name for name, known in ARCHS.items() if (known["dim"], known["depth"]) == size), "unknown")
+    return dict(arch=arch, patch_size=vit.patch_size, img_size=vit.img_size)
 
+
+def add_task_flags(parser: Parser, task: str, recipe: dict):
+    """The flags of one task, with the recipe's values as defaults."""
+    train.add_shared_flags(parser, recipe)
+    add = parser.add_argument_group("evaluation").add_argument
+    if task == "show":
+        add("images", nargs="*", metavar="IMAGE", help="image files; without any, eight images of --data")
+        add("--anchor", choices=ANCHORS, help="draw this map and the attention only (default: all; order by the run's)")
+        add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="of a CLIP file")
+        parser.set_defaults(eval_only=False)
+        return
+    add("--label_fraction", type=float, default=1.0, help="train on this share of every class")
+    add("--pool", choices=("cls", "mean"), help=f"[CLS] or the mean of the patch tokens (default: {recipe['pool']})")
+    add("--per_class", action="store_true", help="also print the accuracy of each class")
+    if task == "knn":
+        add("--k", type=positive, nargs="+", default=[20, 10, 30], help="neighbours; the first is the result")
+        parser.set_defaults(eval_only=False)
+        return
+    add("--eval_only", action="store_true", help="only score the classifier in --checkpoint")
+    add("--smoothing", type=float, default=recipe["smoothing"], help="label smoothing")
+    train.add_training_flags(parser, recipe)
+    if task == "linear":
+        add("--cache_features", action="store_true", help="compute the features once, without augmentation")
+        return
+    add = parser.add_argument_group("regularisation").add_argument
+    add("--randaugment", type=int, choices=range(11), metavar="0-10", default=recipe["randaugment"],
+        help="magnitude; 0: none")
+    for name, what in (("layer_decay", "factor of the learning rate from one layer to the one below"),
+                       ("drop_path", "chance that a sample skips a branch of the last block"),
+                       ("crop_min", "smallest share of the area in a crop"), ("erasing", "chance of RandomErasing"),
+                       ("mixup", "alpha; 0: none"), ("cutmix", "alpha; 0: none")):
+        add(f"--{name}", type=float, default=recipe[name], help=what)
+
+
+def parse_args(argv=None):
+    """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights or None)."""
+    first = Parser(add_help=False)
+    first.add_argument("--checkpoint", metavar="FILE", help="any file that semaim.load_weights reads (default: random "
+                       "weights)")
+    first.add_argument("--arch", choices=ARCHS, help="of random weights; a checkpoint has its own")
+    first.add_argument("--patch_size", type=positive, help="of random weights; a checkpoint has its own")
+    first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
+    known = first.parse_known_args(argv)[0]
+    weights = None if known.checkpoint is None else load_weights(known.checkpoint)
+    size = model_size(weights, known.arch, known.heads)
+    parser = Parser(description="Evaluate a pre-trained encoder.")
+    tasks = parser.add_subparsers(dest="task", required=True)
+    recipes = {task: recipe | size | (NANO[task] if size["arch"] == "vit_nano" else {})
+               for task, recipe in RECIPES.items()}
+    for task, recipe in recipes.items():
+        add_task_flags(tasks.add_parser(task, parents=[first]), task, recipe)
+    args = parser.parse_args(argv)
+    for name in ("arch", "patch_size"):
+        if weights is not None and getattr(args, name) not in (None, size[name]):
+            raise ValueError(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]}; leave it out")
+        setattr(args, name, getattr(args, name) or size[name])
+    if args.img_size % args.patch_size:
+        raise ValueError(f"--img_size {args.img_size} is not a multiple of the patch size, {args.patch_size}")
+    if weights is None and args.eval_only:
+        raise ValueError("--eval_only needs --checkpoint FILE, a classifier")
+    if args.task != "show":
+        if weights is not None and "proj.weight" in weights:
+            raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
+        if not 0 < args.label_fraction <= 1:
+            raise ValueError(f"--label_fraction {args.label_fraction} is not above 0 and at most 1")
+        if args.eval_only:
+            args.pool = args.pool or weights.config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
+        args.pool = args.pool or recipes[args.task]["pool"]
+    if args.output_dir is None:
+        folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{args.arch}-random"
+        args.output_dir = str(folder / "-".join([args.task] + [Path(args.data).resolve().name] * (args.task != "show")))
+    # With cached features every process trains the whole classifier, so that their number does not divide the batch.
+    train.settle(args, recipes[args.task], 1 if getattr(args, "cache_features", False) else WORLD)
+    return args, weights
+
+
+def evaluate(args, weights):
+    """One evaluation, from the command line's arguments to the JSON line."""
+    train.join_processes()
+    if weights is not None:
+        say(f"{args.checkpoint}: {weights.summary}")
+    torch.manual_seed(args.seed)
+    if args.task == "show":
+        return show(args, weights)
     data = load_data(args.data, "train", args.data_root)
     val = load_data(args.data, "val", args.data_root, data.classes)
     if data.labels is None or val is None or val.labels is None:
-        fail(f"--data {args.data}: needs class folders, train/CLASS/* and val/CLASS/* (or test/)")
+        raise ValueError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
     if args.label_fraction < 1:
         data = stratified(data, args.label_fraction, args.seed)
-    recipe = RECIPES[args.task] | (NANO[args.task] if args.arch == "vit_nano" else {}) | size
-    recipe["total_batch"] = min(recipe["total_batch"], len(data))
-    by_hand = args.batch_size or args.accum_iter
-    train.fill_in(args, recipe)
-    place = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"random-{args.arch}"
-    args.output_dir = args.output_dir or str(place / f"{args.task}-{Path(args.data).name}")
-    if args.img_size % args.patch_size:
-        fail(f"--img_size {args.img_size} is not a multiple of the patch size, {args.patch_size}")
-    say(f"{args.task} of {args.arch} from {args.checkpoint or 'random weights'}, {args.img_size} px, {args.data}: "
-        f"{len(data):,} and {len(val):,} images, {WORLD} x {device.type} in {args.precision}")
     if args.task == "knn":
-        return knn(args, device, weights, data, val)
-    if args.task == "linear" and args.cache_features and not args.eval_only:
-        if not by_hand:  # every process trains the whole classifier, so their number does not divide the batch
-            args.total_batch = recipe["total_batch"]
-        return linear_cached(args, device, weights, data, val)
-    return classify(args, device, weights, data, val)
+        knn(args, weights, data, val)
+    elif args.task == "linear" and args.cache_features and not args.eval_only:
+        linear_cached(args, weights, data, val)
+    else:
+        train_classifier(args, weights, data, val)
+
+
+def main(argv=None):
+    """Run a command line. Errors that a user can cause are printed in one line."""
+    with train.user_errors():
+        evaluate(*parse_args(argv))
 
 
 if __name__ == "__main__":
-    train.main(parse=parse_args, work=evaluate)
+    main()

@@ -1,111 +1,119 @@
 """Pre-train SemAIM.
 
     python train.py                                                    the demo: vit_nano on generated shapes, any CPU
-    python train.py --data fashion_mnist --epochs 60                   a real data set on a CPU
-    python train.py --arch vit_base --data DIR                         the paper's recipe, one GPU
+    python train.py --data cifar100 --patch_size 4                     a real data set on a CPU
+    python train.py --arch vit_base --data DIR                         the paper's recipe on one GPU
     torchrun --nproc_per_node=8 train.py --arch vit_base --data DIR    the same on 8 GPUs (--nnodes for more)
-    python train.py --arch vit_base --benchmark                        how fast would it be here?
 
-DIR holds train/CLASS/* and val/CLASS/* (or test/), or just images. A run that was cut goes on when the same command is
-given again. Every random draw is a function of the seed and of the step and process, or of the epoch and image, that it
-is for, so that neither the number of workers nor the place of the cut changes the result.
+DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*), or just images. Run the same command again to resume an
+interrupted run. Each random number depends only on the seed and on the step and process, or on the epoch and image, that
+it is drawn for. The number of workers and the place of an interruption therefore do not change the result.
+
+The file reads in this order: recipes, processes, data, optimiser and schedule, checkpoints and the run, evaluation and
+pictures, train(), command line.
 """
 import argparse
 import contextlib
-import ctypes
-import io
+import copy
+import datetime
+import functools
+import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
-import tempfile
 import time
+import uuid
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-import torchvision.transforms as v1
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-try:  # faster than Pillow, but torchvision means to give it up: from then on Pillow does it all
+try:  # faster than Pillow, but deprecated by torchvision; Pillow decodes everything where it is missing
     from torchvision.io import decode_jpeg, read_file
 except ImportError:
     decode_jpeg = None
 
-from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, Output, SemAIM, ema_teacher, ema_update, encoder_weights,
-                    load_teacher, load_weights, patch_order, pixel_target, pool_tokens, similarity_map, unpatchify)
+from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, ViT, ema_teacher, ema_update, load_teacher, load_weights,
+                    pixel_target, pool_tokens, similarity_map, unpatchify)
 
-# The release's recipe. batch_size is what one process holds at most at a time; accum_iter makes up total_batch.
-PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30, blr=2e-4, min_lr=0.0,
-             weight_decay=0.05, clip_grad=3.0)
+# The release's recipe. batch_size is the most that one process holds at a time; accumulation makes up total_batch.
+PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30.0, blr=2e-4, min_lr=0.0,
+             weight_decay=0.05, clip_grad=3.0, eval_every=20, keep_every=400)
 RECIPES = {
-    "vit_nano": PAPER | dict(img_size=32, batch_size=128, total_batch=128, epochs=8, warmup_epochs=1, blr=4e-3),
+    "vit_nano": PAPER | dict(img_size=32, batch_size=128, total_batch=128, epochs=8, warmup_epochs=1.0, blr=4e-3,
+                             eval_every=4, keep_every=0),
     "vit_large": PAPER | dict(batch_size=128),
     "vit_huge": PAPER | dict(batch_size=64),
 }
-BUILT_IN = ("shapes", "cifar10", "fashion_mnist")
+DATASETS = ("shapes", "cifar10", "cifar100", "fashion_mnist")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device(
+    "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
 
 
-def fail(message: str):
-    """Ends the program with one line: what is wrong, which flag or file, what to do."""
-    raise SystemExit(f"error: {message}")
+PLAIN_LINES = dict(mininterval=30, bar_format="step {n_fmt} of {total_fmt}{postfix}, {remaining} left\n")  # for log files
 
 
 def say(message: str):
-    """Prints from the first process alone, and past the progress bar."""
+    """Print a line on stderr, from the first process only and above the progress bar."""
     if RANK == 0:
         tqdm.write(message, file=sys.stderr)
 
 
-# ---------------------------------------------------------------- devices and processes ----
+# ---------------------------------------------------------------- processes and devices ----
 
 
-def setup(args) -> torch.device:
-    """Joins the other processes, if torchrun started any; everything that only one kind of device has is set here."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+def join_processes():
+    """Set up the device and, under torchrun, join the other processes. Raise ValueError if another launcher started
+    several copies that do not know of each other."""
+    tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"{tasks} separate copies of this program were started, and all would write the same files. "
+                         "Start one task per node and let torchrun start the processes: srun --ntasks-per-node=1 "
+                         "torchrun --nproc_per_node=GPUS ...")
+    cuda = DEVICE.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(DEVICE)
+        torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    else:
-        device = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
-        with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc alone has mallopt
-            # Freed tensors go back to the system, and the next step pays for their pages again: a fifth of its time.
-            keep = ctypes.CDLL(None).mallopt
-            keep(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large tensor
-            keep(-1, -1)  # M_TRIM_THRESHOLD: never give back
-    if WORLD > 1:
-        cuda = device.type == "cuda"
+    if WORLD > 1 and not dist.is_initialized():
         store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own, which --max-restarts keeps with
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # the addresses of the dead in it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store survives restarts; prefix the keys so that workers do not read stale addresses.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            if WORLD > LOCAL_WORLD and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+                say("--max-restarts over several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every "
+                    "node, because nodes that count restarts differently would otherwise wait for each other")
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
-                                device_id=device if cuda else None)
-    if args.precision is None:  # bf16 halves the memory; a nano model on a CPU has no need of it
-        if device.type == "cuda":
-            args.precision = "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-        else:
-            args.precision = "fp32" if device.type == "mps" or args.arch == "vit_nano" else "bf16"
-    return device
+                                timeout=datetime.timedelta(minutes=30),  # listing or saving may take a while
+                                device_id=DEVICE if cuda else None)
 
 
-def autocast(device: torch.device, precision: str):
-    """The context in which the model runs. It caches no casts: each weight is used once, and with --grad_checkpointing
-    the cache would hold more than the activations."""
+def autocast(precision: str):
+    """The mixed-precision context of a forward pass. It caches no casts: each weight is used once, and with
+    --grad_checkpointing the cache would need more memory than the activations."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32", cache_enabled=False)
+    return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
 
 def gather(shard: torch.Tensor, total: int) -> torch.Tensor:
-    """Process r holds items r, r + WORLD, ... of `total` as shard (n_r, ...); every process gets all, (total, ...)."""
+    """Collect the rows of all processes: process r holds rows r, r + WORLD, ... of `total` as (n_r, ...), and every
+    process gets all of them, (total, ...)."""
     if WORLD == 1:
         return shard
     longest = -(-total // WORLD)
@@ -115,12 +123,21 @@ def gather(shard: torch.Tensor, total: int) -> torch.Tensor:
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
-# ---------------------------------------------------------------- data ----
+def from_all(value) -> list:
+    """The values that the processes hold, in order of rank."""
+    values = [value]
+    if WORLD > 1:
+        values = [None] * WORLD
+        dist.all_gather_object(values, value)
+    return values
+
+
+# ---------------------------------------------------------------- data: where images come from ----
 
 
 def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.Tensor]:
-    """n images (n, 3, size, size) uint8 and labels (n,): one of 10 shapes, at a random place, size, colour and angle,
-    on a muted textured background with clutter."""
+    """Draw n images (n, 3, size, size) uint8 with labels (n,): one of 10 shapes at a random place, size, colour and
+    angle, on a muted textured background with clutter."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -167,220 +184,261 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     return (image * 255).clamp(0, 255).byte(), labels
 
 
+
 def decode(path: str) -> torch.Tensor:
-    """The image in a file as uint8 RGB (3, H, W), upright, whatever its mode and whatever its name says."""
+    """Read an image file of any mode as upright RGB, uint8 (3, H, W). Transparent parts become white."""
     if decode_jpeg:
         try:
             image = decode_jpeg(read_file(path), apply_exif_orientation=True)
             if len(image) == 3:
                 return image
-        except RuntimeError:  # no JPEG, or a broken one: Pillow knows better
+        except RuntimeError:  # not a JPEG, or a damaged one: Pillow gives the better answer
             pass
     with Image.open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-            raise ValueError("32 bits a pixel, and nothing says which value is white")
+            raise ValueError("32 bits per pixel, and the file does not tell which value is white")
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip instead of scale
             image = image.point(lambda value: value / 256).convert("L")
-        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):  # on white, as it is meant to be seen
+        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
-def to_square(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (3, H, W) -> uint8 (3, size, size), bicubic with antialiasing."""
-    return v2.functional.resize(image, [size, size], v2.InterpolationMode.BICUBIC, antialias=True)
+class Images:
+    """A set of images: pixels, uint8 (n, 3, H, W), or the paths of n files; labels (n,) and class names, or None."""
 
-
-def cut(image: torch.Tensor, top: int, left: int, height: int, width: int, size: int) -> torch.Tensor:
-    """A box of uint8 (3, H, W) -> uint8 (3, size, size), flipped or not."""
-    image = to_square(image[:, top:top + height, left:left + width], size)
-    return image.flip(-1) if torch.rand(1) < 0.5 else image
-
-
-def random_view(image: torch.Tensor, size: int, smallest: float = 0.2) -> torch.Tensor:
-    """Pre-training augmentation, RandomResizedCrop(smallest-1) and flip: uint8 (3, H, W) -> uint8 (3, size, size)."""
-    return cut(image, *v1.RandomResizedCrop.get_params(image, (smallest, 1), (3 / 4, 4 / 3)), size)
-
-
-def eval_view(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Evaluation: short side to 256/224 of the size, centre cut out; but a square of at most 64 pixels, as data sets of
-    small images have them, is framed already and resized whole. uint8 (3, H, W) -> uint8 (3, size, size)."""
-    height, width = image.shape[1:]
-    if height == width <= 64:
-        return to_square(image, size)
-    long = 4 * min(height, width)  # of a strip 20,000 pixels long: its middle, before resizing makes it longer still
-    image = v2.functional.center_crop(image, [min(height, long), min(width, long)])
-    image = v2.functional.resize(image, [size * 256 // 224], v2.InterpolationMode.BICUBIC, antialias=True)
-    return v2.functional.center_crop(image, [size, size])
-
-
-class UnreadableError(Exception):
-    """So many files are unreadable that something else must be wrong."""
-
-
-class Images(Dataset):
-    """Images, as uint8 (n, 3, H, W) or a list of n paths, with labels (n,) or None. A key is (epoch, index); an item
-    is (view uint8 (3, size, size), label or -1, index of an unreadable file or -1).
-
-    The view's draws are a function of (seed, epoch, index) alone. The next readable file stands in for an unreadable
-    one, so that batches stay whole."""
-
-    def __init__(self, images, labels, classes, view=None, size=None, seed=0):
-        self.images, self.labels, self.classes = images, labels, classes
-        self.view, self.size, self.seed = view, size, seed
-        self.unreadable = []  # indices of the files that turned out to be
+    def __init__(self, items, labels=None, classes=None):
+        # One array of bytes instead of a list of str: loader workers then share it without copying it.
+        self.items = items if torch.is_tensor(items) else np.array([os.fsencode(path) for path in items])
+        self.labels, self.classes = labels, classes
+        self.unreadable = set()  # indices of the files that could not be read so far
 
     def __len__(self):
-        return len(self.images)
+        return len(self.items)
 
-    def seen(self, view, size: int, seed: int = 0) -> "Images":
-        """The same images through a view: (image, size) -> uint8 (3, size, size), as random_view or eval_view."""
-        images = Images(self.images, self.labels, self.classes, view, size, seed)
-        images.unreadable = self.unreadable  # known to all views
-        return images
+    def path(self, index: int) -> str:
+        """The path of a file; of an image in memory, its number."""
+        return f"image {index}" if torch.is_tensor(self.items) else os.fsdecode(self.items[index])
+
+    def load(self, index: int) -> torch.Tensor:
+        """One image, uint8 (3, H, W)."""
+        return self.items[index] if torch.is_tensor(self.items) else decode(self.path(index))
 
     def subset(self, indices: torch.Tensor) -> "Images":
-        """Some of the images: indices (n,)."""
-        images = self.images[indices] if torch.is_tensor(self.images) else [self.images[i] for i in indices.tolist()]
-        return Images(images, None if self.labels is None else self.labels[indices], self.classes)
+        """The images at indices (n,)."""
+        items = self.items[indices] if torch.is_tensor(self.items) else [self.path(i) for i in indices.tolist()]
+        return Images(items, None if self.labels is None else self.labels[indices], self.classes)
 
-    def __getitem__(self, key):
-        epoch, index = key
-        torch.default_generator.manual_seed(hash((self.seed, epoch, index)))  # of the CPU alone: ten times faster
-        bad = -1
-        for other in range(index, index + 100):
-            other %= len(self)
-            try:
-                image = self.images[other]
-                image = decode(image) if isinstance(image, str) else image
-                break
-            except Exception as e:  # Pillow raises a dozen kinds, whatever a broken file leads it into
-                bad, why = index, type(e).__name__
-        else:
-            raise UnreadableError(f"100 files in a row are not readable as images ({why}), the first is "
-                                  f"{self.images[index]}")
-        return self.view(image, self.size), -1 if self.labels is None else int(self.labels[other]), bad
+    def note_unreadable(self, indices: torch.Tensor):
+        """Name the unreadable files of a batch, each once. indices (n,): -1 stands for a readable file."""
+        for index in sorted(set(indices[indices >= 0].tolist()) - self.unreadable):
+            self.unreadable.add(index)
+            tqdm.write(f"skipped, not readable as an image: {self.path(index)}", file=sys.stderr)
+
+    def report_unreadable(self):
+        """Report how many files all processes have skipped since the program started."""
+        count = len(set().union(*from_all(self.unreadable)))
+        if count:
+            say(f"{count} of {len(self)} files were skipped, not readable as images")
 
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-def list_images(root: Path) -> list[str]:
-    """All image files below root, sorted."""
-    return sorted(f"{folder}{os.sep}{name}" for folder, _, names in os.walk(root, followlinks=True)
-                  for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-
-
 def load_data(data: str, split: str, data_root: str = "data", classes=None):
-    """--data, "train" or "val" -> Images, or None if there is no val. classes: those of train, for val to number its
-    own alike."""
+    """Find the images of --data. split "train" or "val" -> Images; None if there is no val. classes: the classes of
+    train, so that val gets the same numbers. Raises ValueError or OSError."""
     if data == "shapes":
         seeds = range(20) if split == "train" else range(20, 24)
         images, labels = (torch.cat(part) for part in zip(*(draw_shapes(500, seed) for seed in seeds)))
         return Images(images, labels, [str(i) for i in range(10)])
-    if data in BUILT_IN:
-        kind = torchvision.datasets.CIFAR10 if data == "cifar10" else torchvision.datasets.FashionMNIST
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                if RANK == 0:
-                    kind(data_root, train=split == "train", download=True)
-                if WORLD > 1:
-                    dist.barrier()
-                source = kind(data_root, train=split == "train")
-        except (OSError, RuntimeError) as e:
-            fail(f"--data {data}: not under --data_root {data_root} and the download failed ({e})")
-        images = torch.as_tensor(source.data)
-        images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        return Images(images, torch.as_tensor(source.targets), source.classes)
+    if data in DATASETS:
+        return load_torchvision(data, split, data_root)
     root = Path(data)
     if not root.is_dir():
-        fail(f"--data {data}: no such folder, nor one of {', '.join(BUILT_IN)}")
+        raise ValueError(f"--data {data} is neither a folder nor one of {', '.join(DATASETS)}")
     folder = root / split
     if split == "val" and not folder.is_dir():
         folder = root / "test"
-    if not folder.is_dir():
-        if split == "val":
-            return None
-        folder = root  # no train/: any folder of images
-    paths = list_images(folder)
+    if folder.is_dir():
+        return load_folder(folder, classes)
+    if split == "val":
+        return None
+    return Images(list_images(root))  # no train/: any folder of images, without labels
+
+
+def load_torchvision(data: str, split: str, data_root: str) -> Images:
+    """Read a data set of torchvision from data_root, or download it there once per machine."""
+    kind = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100,
+                fashion_mnist=torchvision.datasets.FashionMNIST)[data]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            if LOCAL_RANK == 0:
+                kind(data_root, train=split == "train", download=True)
+            if WORLD > 1:
+                dist.barrier()
+            source = kind(data_root, train=split == "train")
+    except (OSError, RuntimeError) as e:
+        raise OSError(f"--data {data} is not in --data_root {data_root}, and the download failed ({e})") from None
+    images = torch.as_tensor(source.data)
+    images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return Images(images, torch.as_tensor(source.targets), source.classes)
+
+
+def list_images(folder: Path) -> list[str]:
+    """All image files below a folder, sorted."""
+    paths = sorted(f"{place}{os.sep}{name}" for place, _, names in os.walk(folder, followlinks=True)
+                   for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     if not paths:
-        fail(f"--data {data}: no images in {folder}")
+        raise ValueError(f"there are no images in {folder}; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
+    return paths
+
+
+def load_folder(folder: Path, classes=None) -> Images:
+    """Images of FOLDER/CLASS/*, or unlabelled ones if FOLDER has no class folders."""
+    paths = list_images(folder)
     skip = len(str(folder)) + 1
     names = [path[skip:].split(os.sep)[0] for path in paths]
-    found, folders = sorted(set(names)), {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    if folder == root or not set(found) <= folders:
-        return Images(paths, None, None)  # no class folders
+    folders = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    found = sorted(folders & set(names))
+    if not found:
+        return Images(paths)
+    stray = [path for path, name in zip(paths, names) if name not in folders]
+    if stray:
+        say(f"ignored, not in a class folder: {stray[0]}" + f" and {len(stray) - 1} more" * (len(stray) > 1))
+        paths, names = zip(*((path, name) for path, name in zip(paths, names) if name in folders))
     empty = sorted(folders - set(found))
     if empty:
-        say(f"--data {data}: no class, for there is no image in it: {folder / empty[0]}"
-            + (f" (and in {len(empty) - 1} more)" if len(empty) > 1 else ""))
+        say(f"ignored, a class folder without images: {folder / empty[0]}"
+            + f" and {len(empty) - 1} more" * (len(empty) > 1))
     classes = classes or found
     if not set(found) <= set(classes):
-        fail(f"--data {data}: {folder.name} has a class that train has not: {min(set(found) - set(classes))}")
+        raise ValueError(f"{folder} has a class that the training set does not have: {min(set(found) - set(classes))}")
     number = {name: i for i, name in enumerate(classes)}
     return Images(paths, torch.tensor([number[name] for name in names]), classes)
 
 
+# ---------------------------------------------------------------- data: views and batches ----
+
+
+def random_crop(size: int, smallest: float = 0.2, *more) -> v2.Transform:
+    """The pre-training augmentation: a random crop of `smallest` to 1 of the area, resized, and a random flip; then
+    `more` transforms. uint8 (3, H, W) -> uint8 (3, size, size)."""
+    return v2.Compose([v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=InterpolationMode.BICUBIC,
+                                            antialias=True), v2.RandomHorizontalFlip(), *more])
+
+
+def resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """Bicubic resize, with antialiasing, of the short side to [size], or of both to [height, width]."""
+    return v2.functional.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
+
+
+def eval_view(image: torch.Tensor, size: int) -> torch.Tensor:
+    """The evaluation view: resize the short side to 256/224 of the size and crop the centre. Squares of at most 64
+    pixels, as in data sets of small images, are resized whole. uint8 (3, H, W) -> uint8 (3, size, size)."""
+    height, width = image.shape[1:]
+    if height == width <= 64:
+        return resize(image, [size, size])
+    longest = 4 * min(height, width)  # a very long image would need much memory when it is resized
+    image = v2.functional.center_crop(image, [min(height, longest), min(width, longest)])
+    return v2.functional.center_crop(resize(image, [size * 256 // 224]), [size, size])
+
+
+class Views(Dataset):
+    """Images through a transform. A key is (epoch, index); an item is (view uint8 (3, size, size), label or -1, index
+    of an unreadable file or -1).
+
+    The transform's random numbers depend only on (seed, epoch, index). The next readable file replaces an unreadable
+    one, so that batches keep their size. Raises OSError if 100 files in a row are unreadable."""
+
+    def __init__(self, images: Images, transform, seed: int = 0):
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        torch.default_generator.manual_seed(hash((self.seed, epoch, index)))  # ten times faster than torch.manual_seed
+        unreadable = -1
+        for other in range(index, index + 100):
+            other %= len(self)
+            try:
+                image = self.images.load(other)
+                break
+            except Exception as e:  # Pillow raises many types for damaged files
+                unreadable, why = index, type(e).__name__
+        else:
+            raise OSError(f"100 files in a row are not readable as images ({why}); the first is "
+                          f"{self.images.path(index)}")
+        label = -1 if self.images.labels is None else int(self.images.labels[other])
+        return self.transform(image), label, unreadable
+
+
 class Batches(Sampler):
-    """The keys of this process's micro-batches from step `start` to `stop`, over all epochs without a seam.
+    """The keys of this process's micro-batches, from step `start` to step `stop`, across epochs.
 
-    Step s of an epoch takes the s-th slice of `total_batch` images of that epoch's shuffle, whoever computes it:
-    process r takes every WORLD-th image of it, accum_iter micro-batches one after another."""
+    Step s of an epoch takes the s-th slice of batch * accum_iter * WORLD images of that epoch's shuffle, however they
+    are split: process r takes every WORLD-th image of the slice, in accum_iter micro-batches."""
 
-    def __init__(self, n: int, total_batch: int, accum_iter: int, seed: int, start: int, stop: int):
-        self.n, self.total_batch, self.accum_iter, self.seed = n, total_batch, accum_iter, seed
+    def __init__(self, n: int, batch: int, accum_iter: int, seed: int, start: int, stop: int):
+        self.n, self.batch, self.accum_iter, self.seed = n, batch, accum_iter, seed
         self.start, self.stop = start, stop
 
     def __len__(self):
         return (self.stop - self.start) * self.accum_iter
 
     def __iter__(self):
-        shuffled = None
+        total, shuffled = self.batch * self.accum_iter * WORLD, None
         for step in range(self.start, self.stop):
-            epoch, place = divmod(step, self.n // self.total_batch)
+            epoch, place = divmod(step, self.n // total)
             if place == 0 or shuffled is None:
                 shuffled = torch.randperm(self.n, generator=torch.Generator().manual_seed(hash((self.seed, epoch))))
-            batch = shuffled[place * self.total_batch:(place + 1) * self.total_batch][RANK::WORLD].tolist()
-            size = len(batch) // self.accum_iter
-            for i in range(0, len(batch), size):
-                yield [(epoch, index) for index in batch[i:i + size]]
+            mine = shuffled[place * total:(place + 1) * total][RANK::WORLD].tolist()
+            for i in range(0, len(mine), self.batch):
+                yield [(epoch, index) for index in mine[i:i + self.batch]]
 
 
-def make_loader(images: Images, workers: int, device: torch.device, **sampling) -> DataLoader:
-    """DataLoader over keys; sampling: batch_sampler=, or sampler= and batch_size=. Batches makes one stream of all
-    epochs, so that workers live as long as the run and prefetch past the end of an epoch without being told to."""
-    return DataLoader(images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=own_group,
-                      **sampling)
+def make_loader(views: Views, workers: int, **sampling) -> DataLoader:
+    """A DataLoader over keys. sampling: batch_sampler=, or sampler= and batch_size=."""
+    fork = "fork" if workers and sys.platform == "linux" else None  # shares the list of files; not every Python's default
+    return DataLoader(views, num_workers=workers, pin_memory=DEVICE.type == "cuda", worker_init_fn=ignore_signals,
+                      multiprocessing_context=fork, **sampling)
 
 
-def own_group(_):
-    """A worker leaves the process group: Ctrl-C and a cluster's SIGTERM go to the group, and saving needs the workers
-    until the running step is done."""
-    if os.name == "posix":
-        os.setpgid(0, 0)
+def ignore_signals(_):
+    """Let loader workers ignore Ctrl-C and SIGTERM, which schedulers send to all processes: the running step needs
+    their batches before the run can be saved. Workers end with the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def name_unreadable(images: Images, bad: torch.Tensor):
-    """Names and notes the files of a batch that were not readable, but for those that are noted already."""
-    for index in sorted(set(bad[bad >= 0].tolist()) - set(images.unreadable)):
-        images.unreadable.append(index)
-        tqdm.write(f"not readable as an image, left out: {images.images[index]}", file=sys.stderr)
+@functools.cache
+def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """ImageNet's mean and standard deviation, each (3, 1, 1), copied to the device once."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
 
-def normalise(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 (N, 3, H, W) anywhere -> float, normalised, on the device."""
-    images = images.to(device, non_blocking=device.type == "cuda")  # from pinned memory
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) -> float, normalised, on the device. Does not wait for the copy if the memory is pinned."""
+    mean, std = mean_and_std(DEVICE)
+    return (images.to(DEVICE, non_blocking=DEVICE.type == "cuda").float() / 255 - mean) / std
 
 
 # ---------------------------------------------------------------- optimiser and schedule ----
 
 
+def split_batch(total: int, largest: int, processes: int) -> tuple[int, int]:
+    """Split a total batch evenly: images per process and micro-batch (at most `largest`), micro-batches per step. The
+    rounding leaves out fewer than processes x micro-batches images."""
+    accum_iter = -(-total // (processes * largest))
+    return total // (processes * accum_iter), accum_iter
+
+
 def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, min_lr: float = 0.0) -> float:
-    """Fractional epoch -> learning rate: linear warm-up from 0, then half a cosine down to min_lr."""
+    """The learning rate at a fractional epoch: linear warm-up from 0, then half a cosine down to min_lr."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
@@ -388,18 +446,18 @@ def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, 
 
 
 def ema_decay(epoch: float) -> float:
-    """Decay of the "ema" target's teacher: from 0.999 to 0.9999 over the first 100 epochs."""
+    """The decay of the "ema" teacher: 0.999, rising to 0.9999 over the first 100 epochs."""
     return 0.999 + 0.0009 * min(epoch / 100, 1)
 
 
 def adamw(groups: list[dict], betas: tuple[float, float], lr: float = 0.0) -> torch.optim.AdamW:
-    """AdamW, in one kernel for all parameters where the device has it."""
+    """AdamW, fused into one kernel where the device has it. The training loop sets the learning rate."""
     fused = groups[0]["params"][0].device.type in ("cuda", "cpu") or None
     return torch.optim.AdamW(groups, lr, betas, fused=fused)
 
 
 def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.AdamW:
-    """AdamW in two groups: no weight decay for biases and other 1-D parameters. (The loop sets lr in each step.)"""
+    """AdamW for pre-training, without weight decay for biases and other 1-D parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return adamw([dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
                   dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)], (0.9, 0.95), lr)
@@ -409,112 +467,337 @@ def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.A
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint before the one at path is kept: last.pt -> last.previous.pt."""
+    """Where the checkpoint that a new one replaces is kept: last.pt -> last.previous.pt."""
     return path.with_stem(path.stem + ".previous")
 
 
 def save_checkpoint(path: Path, checkpoint: dict):
-    """Writes beside, flushes, renames the file that was there, then the new one to its place: a cut at any moment
-    leaves one of the two, whole."""
-    beside = path.with_suffix(".tmp")
+    """Write to a temporary file, flush, keep the old file as `previous`, and rename. Whenever the program is killed,
+    one of the two files is complete. Raises OSError."""
+    temporary = path.with_suffix(".tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
             os.replace(path, previous(path))
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
-        beside.unlink(missing_ok=True)
-        fail(f"{path} could not be written ({str(e).splitlines()[0]}); the checkpoint before it is kept")
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); the previous checkpoint is kept") from e
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a checkpoint's own checksums do not match. An error while reading raises OSError: it is no damage."""
+    try:
+        return zipfile.ZipFile(path).testzip() is not None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        return True
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint of this file: model, config, optimizer, scaler, epoch, step, ...; the one before it, if this one is
-    torn, foreign or gone."""
+    """Read a checkpoint of this file, or the previous one if it is damaged, foreign or missing. Raises OSError if it
+    cannot be read now, and ValueError if there is no good one."""
     path = Path(path)
-    for file in (path, previous(path)):
+    for file in filter(Path.exists, (path, previous(path))):
         try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            if {"model", "config", "step"} <= set(checkpoint):
-                break
-        except Exception:  # torch.load raises many kinds for a file that is not one of its own
-            pass
+            checkpoint = torch.load(str(file), map_location="cpu", mmap=True, weights_only=True)
+        except Exception as e:  # torch.load raises many types, also OSError for damaged files
+            if not is_damaged(file):
+                raise OSError(f"{file} could not be read ({str(e).splitlines()[0]}); try again") from e
+            continue
+        if {"model", "config", "step"} <= set(checkpoint):
+            break
     else:
-        fail(f"{path} is not a checkpoint of train.py, or torn, and there is none before it: give another or move it "
-             "away" if path.is_file() else f"--resume {path}: no such file")
-    if file != path and RANK == 0 and path.exists():  # or the next save would put it in the place of the good one
+        raise ValueError(f"{path} is corrupt, or from another program, and no previous checkpoint is beside it; move it "
+                         "away or give another" if path.exists() else f"{path}: no such file")
+    if file != path and RANK == 0 and path.exists():  # keep the bad file from replacing the good previous one
         os.replace(path, path.with_suffix(".bad"))
-        say(f"{path} is torn or foreign, now {path.with_suffix('.bad').name}; taking the one before it, {file.name}")
+        say(f"{path} is corrupt, or from another program; renamed to {path.with_suffix('.bad').name}, and "
+            f"{file.name} is used instead")
     return checkpoint
 
 
-def read_weights(path) -> dict:
-    """semaim.load_weights for the file of --checkpoint."""
+def file_hash(path) -> str | None:
+    """SHA-256 of a file's bytes, which tells one file from another whatever its name; None without a path."""
+    return path and hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
+
+
+# ---------------------------------------------------------------- the run: state, files, signals, progress ----
+
+# Flags that do not change the result; all others must be the same when a run is resumed.
+FREE = {"output_dir", "data_root", "resume", "batch_size", "accum_iter", "epochs", "stop_after", "compile", "workers",
+        "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images", "checkpoint", "teacher",
+        "init_weights", "per_class"}
+NAMES = {"total_batch": "the total batch (--batch_size x --accum_iter x processes)",
+         "images": "the number of training images", "checkpoint_hash": "the SHA-256 of --checkpoint",
+         "teacher_hash": "the SHA-256 of --teacher", "init_weights_hash": "the SHA-256 of --init_weights"}
+
+
+def check_config(path, old: dict, new: dict):
+    """Refuse to resume with settings that change the result. More epochs are allowed, and reported."""
+    for name in sorted(new.keys() - FREE):
+        if old.get(name) != new[name]:
+            raise ValueError(f"{path} was made with another value of {NAMES.get(name, '--' + name)}: {old.get(name)}, "
+                             f"now {new[name]}. Repeat the command as it was, or choose another --output_dir")
+    if new["epochs"] < old["epochs"]:
+        raise ValueError(f"{path} was made with --epochs {old['epochs']}, now {new['epochs']}: a run can be extended, "
+                         "but not shortened. Choose another --output_dir")
+    if new["epochs"] > old["epochs"]:
+        say(f"the run is extended from {old['epochs']} to {new['epochs']} epochs; the learning rate follows the new "
+            "schedule from here on")
+
+
+class Run:
+    """One training run: its model, optimiser and step; its files in --output_dir; signals and progress.
+
+    The run resumes from last.pt if the folder has one. train() below shows how it is used. images: how many there are
+    to train on; ema: a module that is saved with the model; state: further values to save. Raises ValueError, OSError.
+    """
+
+    def __init__(self, args, model, optimizer, images: int, ema=None, **state):
+        self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema
+        if images < WORLD:
+            raise ValueError(f"--data {args.data}: {images} images are fewer than {WORLD} processes")
+        self.batch, self.accum_iter = split_batch(min(args.total_batch, images), args.batch_size, WORLD)
+        self.total_batch = self.batch * self.accum_iter * WORLD
+        self.steps_per_epoch = images // self.total_batch
+        self.last_step = self.steps_per_epoch * args.epochs
+        self.end = min(self.last_step, args.stop_after or self.last_step)
+        self.config = vars(args) | dict(total_batch=self.total_batch, images=images) | {
+            f"{name}_hash": file_hash(getattr(args, name, None)) for name in ("checkpoint", "init_weights", "teacher")}
+        self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
+        self.state = dict(step=0, seconds=0.0) | state
+        self.folder = Path(args.output_dir)
+        self.last = self.folder / "last.pt"
+        self.signalled = self.stopping = self.save_due = False
+        self.saved = time.monotonic()
+        self.measures, self.recent = {}, []  # sums over micro-batches; seconds of the latest steps
+        self._check_folder()
+        self._resume()
+        if self.total_batch < args.total_batch:
+            say(f"the total batch is {self.total_batch} instead of {args.total_batch}: {images} images, "
+                f"{WORLD} processes x {self.accum_iter} micro-batches x {self.batch} images")
+        if args.epochs <= args.warmup_epochs:
+            say(f"--epochs {args.epochs} ends within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
+        # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
+        self.forward = model if WORLD == 1 else DistributedDataParallel(
+            model, gradient_as_bucket_view=True, bucket_cap_mb=100)
+
+    @property
+    def step(self) -> int:
+        """The number of finished steps."""
+        return self.state["step"]
+
+    @property
+    def epoch(self) -> float:
+        """The number of finished epochs, with its fraction."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step of the last epoch is done."""
+        return self.step == self.last_step
+
+    def epoch_ended(self, every: int) -> bool:
+        """Whether the finished step ends an epoch that is a multiple of `every` (0: never)."""
+        return bool(every) and self.step % (every * self.steps_per_epoch) == 0
+
+    def _check_folder(self):
+        """Create --output_dir, and make sure that all processes see the same one."""
+        token = from_all(str(uuid.uuid4()))[0]
+        if RANK == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / token).touch()
+        from_all(None)  # wait for the file
+        shared = from_all((self.folder / token).exists())
+        if RANK == 0:
+            (self.folder / token).unlink()
+        if not all(shared):
+            raise ValueError(f"--output_dir {self.folder}: not all processes see the same folder; choose one on a disk "
+                             "that all machines share")
+
+    def _resume(self):
+        """Restore everything from last.pt, or from --resume, and drop the log lines of steps that will be repeated."""
+        source = self.last if self.last.exists() or previous(self.last).exists() else self.args.resume
+        if source:
+            checkpoint = load_checkpoint(source)
+            check_config(source, checkpoint["config"], self.config)
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # a copy, not a view of the file
+            if checkpoint["scaler"]:  # empty except for fp16
+                self.scaler.load_state_dict(checkpoint["scaler"])
+            if self.ema:
+                self.ema.load_state_dict(checkpoint["ema"])
+            self.state = {name: checkpoint[name] for name in self.state}
+            say(f"{source}: resuming after step {self.step} of {self.last_step}" if not self.finished else
+                f"{source}: all {self.step} steps are done, nothing to train")
+        log = self.folder / "log.jsonl"
+        if RANK == 0 and log.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            log.write_text("".join(line for line in lines if step_of(line) <= self.step))
+
+    def steps(self, views: Views):
+        """Yield (step, micro_batches) until the last step, --stop_after or a signal. Iterate once over micro_batches
+        in each step: it yields (images (n, 3, H, W) normalised, labels (n,)) on the device, accum_iter times."""
+        batches = iter(make_loader(views, self.args.workers, batch_sampler=Batches(
+            len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.last_step)))
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=RANK > 0,
+                        **({} if sys.stderr.isatty() else PLAIN_LINES))
+        try:
+            while self.step < self.end and not self.stopping:
+                self.started = time.monotonic()
+                yield self.step, self._micro_batches(batches, views.images)
+        finally:
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if not self.finished:
+            say(f"stopped after step {self.step} of {self.last_step}, saved in {self.last}. Run the same command"
+                + (" without --stop_after" if self.step == self.args.stop_after else "") + " to resume")
+
+    def _on_signal(self, number, _):
+        """Ask the loop to save and stop. Schedulers and torchrun may send SIGTERM twice; a second Ctrl-C ends at once."""
+        self.signalled = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    def _micro_batches(self, batches, images: Images):
+        """Yield the micro-batches of one step."""
+        for micro in range(self.accum_iter):
+            views, labels, unreadable = next(batches)
+            images.note_unreadable(unreadable)
+            torch.manual_seed(hash((self.args.seed, self.step, micro, RANK)))  # order ties, random orders, mixing
+            if WORLD > 1:
+                self.forward.require_backward_grad_sync = micro == self.accum_iter - 1  # gradients are summed once
+            yield normalise(views), labels.to(DEVICE, non_blocking=DEVICE.type == "cuda")
+
+    def set_learning_rate(self, lr: float):
+        """Set the learning rate; a parameter group may scale it (layer decay)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1.0)
+
+    def backward(self, loss: torch.Tensor, **measures: torch.Tensor):
+        """Backward pass of one micro-batch; gradients add up to those of the mean loss. measures: scalars to average."""
+        self.scaler.scale(loss / self.accum_iter).backward()
+        for name, value in (dict(loss=loss) | measures).items():
+            self.measures[name] = self.measures.get(name, 0.0) + value.detach() / self.accum_iter
+
+    def update(self) -> dict[str, float]:
+        """Clip the gradients, update the weights and count the step. Returns the step's measures, averaged over
+        micro-batches and processes: loss, grad_norm (before clipping), ... Raises ValueError if they are not finite."""
+        self.scaler.unscale_(self.optimizer)
+        self.measures["grad_norm"] = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.args.clip_grad or math.inf)
+        # The device is read once per step. All processes must agree on when to save and when to stop.
+        due = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
+        wishes = [torch.full_like(self.measures["loss"], float(wish)) for wish in (due, self.signalled)]
+        values = torch.stack([*self.measures.values(), *wishes])
+        if WORLD > 1:
+            dist.all_reduce(values)
+            values /= WORLD
+        *values, save, stop = values.tolist()
+        measures, self.measures = dict(zip(self.measures, values)), {}
+        # With fp16, an infinite gradient norm is normal: the scaler skips the step and lowers its scale.
+        if not math.isfinite(measures["loss"]) or not (self.scaler.is_enabled() or math.isfinite(measures["grad_norm"])):
+            raise ValueError(f"the loss is {measures['loss']} (gradient norm {measures['grad_norm']}) at step "
+                             f"{self.step}; the last good checkpoint is kept in {self.folder}. Try a lower --blr, or "
+                             "--precision fp32")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.state["step"] += 1
+        self.stopping = stop > 0
+        self.save_due = save > 0 or self.stopping or self.step == self.end
+        return measures
+
+    def log_step(self, **measures: float):
+        """Count the step's time; every tenth step, write a line to log.jsonl and show the progress. Whatever follows
+        in the loop, as evaluation and saving, does not count as training time."""
+        self.recent.append(time.monotonic() - self.started)
+        self.state["seconds"] += self.recent[-1]
+        self.bar.update()
+        if self.step % 10 and self.step != self.end:
+            return
+        speed = self.total_batch / (sum(self.recent) / len(self.recent))
+        self.recent = []
+        self.log(**measures, images_per_s=speed)
+        self.bar.set_postfix_str(f"loss {measures['loss']:.4f}, lr {measures['lr']:.1e}, {speed:.0f} images/s", False)
+
+    def log(self, **values):
+        """Append a line to log.jsonl."""
+        if RANK == 0:
+            try:
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(dict(step=self.step, epoch=self.epoch) | values) + "\n")
+            except OSError as e:
+                say(f"{self.folder / 'log.jsonl'} misses a line ({e.strerror}); training continues")
+
+    def save(self, name: str = "last.pt", **more):
+        """Write a checkpoint: last.pt has everything to resume from; any other file, only the model and `more`. A full
+        disk is reported, and is an error only at the end of the run. All processes call this at the same step."""
+        checkpoint = dict(model=self.model.state_dict(), config=self.config, epoch=self.epoch, step=self.step)
+        if name == "last.pt":
+            self.saved = time.monotonic()
+            checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                               ema=self.ema.state_dict() if self.ema else {}, **self.state)
+        if RANK == 0:
+            try:
+                save_checkpoint(self.folder / name, checkpoint | more)
+            except OSError as e:
+                if name == "last.pt" and (self.stopping or self.step == self.end):
+                    raise
+                say(f"{e}; training continues")
+
+
+def step_of(line: str) -> float:
+    """The step of a line of log.jsonl; infinite if the line is incomplete."""
     try:
-        with contextlib.redirect_stdout(sys.stderr if RANK == 0 else io.StringIO()):
-            return load_weights(path)
-    except ValueError as e:
-        fail(f"--checkpoint {e}")
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
-def start_from(path, model):
-    """Loads what fits by name, and says what the file does not have; a weight of another shape is an error."""
-    weights, own = read_weights(path), model.state_dict()
-    for name in weights.keys() & own.keys():
-        if weights[name].shape != own[name].shape:
-            fail(f"--checkpoint {path}: {name} is {tuple(weights[name].shape)}, but the model's is "
-                 f"{tuple(own[name].shape)}; see --arch, --img_size, --patch_size")
-    missing, unused = model.load_state_dict(weights, strict=False)
-    say(f"{path}: {len(own) - len(missing)} of the model's {len(own)} tensors loaded"
-        + (f"; not in the file: {', '.join(missing[:3])}, ..." if missing else "")
-        + (f"; not used: {', '.join(unused[:3])}, ..." if unused else ""))
+# ---------------------------------------------------------------- evaluation ----
 
 
-SAME = ("arch", "img_size", "patch_size", "query_depth", "head", "target", "teacher", "order", "anchor", "loss",
-        "weight_decay", "data", "seed", "total_batch")
-NAMES = {"total_batch": "batch_size, --accum_iter and processes: a total batch of",
-         "weights": "checkpoint: weights that add up to"}  # of what is no flag by itself
-
-
-def check_resume(path, args, config: dict, same=SAME):
-    """A run goes on only as the run it was: the flags `same` are what they were. A change of schedule is said."""
-    for flag in same:
-        if config.get(flag) != getattr(args, flag):
-            fail(f"--{NAMES.get(flag, flag)} {getattr(args, flag)}, but {path} was made with {config.get(flag)}; "
-                 "give the same, or another --output_dir")
-    for flag in ("epochs", "warmup_epochs", "blr", "min_lr"):
-        if config.get(flag) != getattr(args, flag):
-            say(f"the schedule changes: --{flag} {getattr(args, flag)}, it was {config.get(flag)}")
-
-
-# ---------------------------------------------------------------- k-NN ----
-
-
-@torch.no_grad()
-def infer(function, images: Images, size: int, args, device, indices=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """function: normalised images (n, 3, size, size) -> (n, ...). Returns its values for all images, or those of the
-    indices, in evaluation view, and their labels (n,). The processes share the work, each image is counted once,
-    unreadable ones are left out."""
+def eval_batches(images: Images, args, indices=None):
+    """Yield (normalised views (n, 3, size, size), labels (n,)) of this process's share of the images, or of those at
+    `indices`, in the evaluation view. The label is -1 for unreadable and unlabelled images."""
     indices = range(len(images)) if indices is None else indices.tolist()
     if len(indices) < WORLD:
-        fail(f"--data {args.data}: {len(indices)} images are fewer than {WORLD} processes")
-    loader = make_loader(images.seen(eval_view, size), args.workers, device, batch_size=args.batch_size,
+        raise ValueError(f"--data {args.data}: {len(indices)} images are fewer than {WORLD} processes")
+    views = Views(images, functools.partial(eval_view, size=args.img_size))
+    loader = make_loader(views, args.workers, batch_size=args.batch_size,
                          sampler=[(0, i) for i in indices[RANK::WORLD]])
-    values, labels = [], []
-    for batch, label, bad in tqdm(loader, desc="evaluating", leave=False, disable=RANK > 0):
-        with autocast(device, args.precision):
-            values.append(function(normalise(batch, device)).clone())  # a view would keep all that it looks at
-        labels.append(torch.where(bad < 0, label, -1).to(device))
-        name_unreadable(images, bad)
-    values, labels = gather(torch.cat(values), len(indices)), gather(torch.cat(labels), len(indices))
+    for batch, labels, unreadable in tqdm(loader, desc="evaluating", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
+        images.note_unreadable(unreadable)
+        yield normalise(batch), torch.where(unreadable < 0, labels, -1).to(DEVICE)
+
+
+def collect(values: list, labels: list, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the batches of all processes: `total` rows in the order of the images, less those without a label."""
+    values, labels = gather(torch.cat(values), total), gather(torch.cat(labels), total)
     return values[labels >= 0], labels[labels >= 0]
 
 
+@torch.no_grad()
+def features(model, images: Images, args, indices=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The frozen features of a ViT: ([CLS] and the mean of the patch tokens, (n, 2, D); labels (n,))."""
+    values, labels = [], []
+    for batch, label in eval_batches(images, args, indices):
+        with autocast(args.precision):
+            tokens = model.tokens(batch)
+        values.append(torch.stack([pool_tokens(tokens, "cls"), pool_tokens(tokens, "mean")], dim=1))
+        labels.append(label)
+    return collect(values, labels, len(images if indices is None else indices))
+
+
 def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 256):
-    """Queries (n, D), bank (m, D), labels (m,) -> votes (n, classes): each of the k most similar by cosine votes
-    exp(similarity / temperature). chunk: queries compared at once (ImageNet's bank: 1.3 GB of similarities)."""
+    """Weighted k-NN: queries (n, D), bank (m, D), labels (m,) -> votes (n, classes). Each of the k most similar by
+    cosine votes exp(similarity / temperature). chunk: queries compared at once (ImageNet's bank: 1.3 GB)."""
     bank = F.normalize(bank, dim=1)
     votes = []
     for query in F.normalize(queries, dim=1).split(chunk):
@@ -524,542 +807,373 @@ def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: flo
     return torch.cat(votes)
 
 
-def knn_accuracy(model, train: Images, val: Images, args, device) -> dict[str, float]:
-    """k-NN top-1 in % of at most --knn_images evenly chosen images of val against as many of train, for CLS and for
-    the mean of the patches."""
-    def features(images):
-        tokens = model.tokens(images)
-        return torch.stack([pool_tokens(tokens, "cls"), pool_tokens(tokens, "mean")], dim=1)
-
-    model.eval()
-    (bank, labels), (queries, truth) = (
-        infer(features, data, args.img_size, args, device,
-              torch.linspace(0, len(data) - 1, min(len(data), args.knn_images)).long()) for data in (train, val))
-    model.train()
-    return {pool: 100 * (knn_votes(queries[:, i], bank[:, i], labels, len(train.classes), min(20, len(labels)))
-                         .argmax(1) == truth).float().mean().item() for i, pool in enumerate(("cls", "mean"))}
+def evenly(images: Images, count: int) -> torch.Tensor:
+    """The indices of at most `count` images at equal distances."""
+    return torch.linspace(0, len(images) - 1, min(len(images), count)).long()
 
 
-# ---------------------------------------------------------------- samples.png ----
+def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, float]:
+    """k-NN top-1 in % of at most --knn_images images of val, by [CLS] and by the mean of the patch tokens."""
+    bank, labels = features(model, train_images, args, evenly(train_images, args.knn_images))
+    queries, truth = features(model, val, args, evenly(val, args.knn_images))
+    k, classes = min(20, len(bank)), len(train_images.classes)
+    return {f"knn_{pool}": 100 * (knn_votes(queries[:, i], bank[:, i], labels, classes, k).argmax(1) == truth)
+            .float().mean().item() for i, pool in enumerate(("cls", "mean"))}
 
 
-def heat(x: torch.Tensor) -> torch.Tensor:
-    """(N, h, w), each image stretched to [0, 1] -> colours (N, 3, h, w), from dark violet over red to light yellow."""
-    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
-    x = (x - low) / (high - low).clamp(min=1e-9) * 4
-    anchors = torch.tensor([[0.03, 0.0, 0.12], [0.34, 0.06, 0.43], [0.73, 0.21, 0.33], [0.98, 0.55, 0.04],
-                            [0.99, 1.0, 0.64]])
-    left = x.long().clamp(0, 3)
-    return rearrange(torch.lerp(anchors[left], anchors[left + 1], (x - left)[..., None]), "n h w c -> n c h w")
+def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torch.Tensor]:
+    """What SemAIM.forward needs from the teacher, if there is one: its tokens and, for the anchor "attention", its map.
+    """
+    if teacher is None:
+        return {}
+    inputs = dict(teacher_tokens=teacher(images))
+    if anchor == "attention":
+        inputs["similarity"] = teacher.attention_map(images)
+    return inputs
+
+
+def anchor_map(encoder, images: torch.Tensor, anchor: str) -> torch.Tensor:
+    """The similarity map (N, L) of a ViT, or of a teacher."""
+    if anchor == "attention":
+        return encoder.attention_map(images)
+    return similarity_map(encoder.tokens(images) if isinstance(encoder, ViT) else encoder(images), anchor)
 
 
 @torch.no_grad()
-def save_samples(path: Path, model: SemAIM, images: torch.Tensor, teacher=None, cell: int = 112):
-    """Draws what the model sees: images (N, 3, H, W), normalised -> a picture with a labelled row for each of image,
-    similarity, order, and target and prediction (pixels) or loss (features)."""
-    model.eval()
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
-    out = forward(model.forward, images, teacher, model)  # past torch.compile, which would compile anew for these few
-    similarity = model.similarity(images) if out.similarity is None else out.similarity
+def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, float]:
+    """Does the order follow the content? Of at most 2,000 images:
+    position_share: the share of the variance of the similarity map (each image's mean removed) that the position alone
+    explains; 1 means that all images have the same map. mirrored: the share of images whose first patch moves to its
+    mirror image when the image is flipped."""
+    indices = evenly(images, 2000)
+    pairs = []
+    for batch, _ in eval_batches(images, args, indices):
+        with autocast(args.precision):
+            pairs.append(torch.stack([anchor_map(encoder, x, anchor) for x in (batch, batch.flip(-1))], dim=1))
+    maps, flipped = gather(torch.cat(pairs), len(indices)).float().unbind(1)
+    centred = maps - maps.mean(1, keepdim=True)
+    share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
+    grid = math.isqrt(maps.shape[1])
+    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid
+    mirrored = flipped.argmax(1) == row * grid + grid - 1 - column
+    return dict(position_share=share.item(), mirrored=mirrored.float().mean().item())
 
-    def grid_map(x):
-        return heat(rearrange(x.float().cpu(), "n (h w) -> n h w", w=images.shape[-1] // model.patch_size))
 
-    rows = {"image": images.cpu() * std + mean,
-            "similarity\n(bright: high)": grid_map(similarity),
-            "order\n(bright: early)": grid_map(-out.order.argsort(1))}
-    if model.target == "pixel":
-        plain = pixel_target(images, model.patch_size, model.blur, norm_pix=False)
-        prediction = out.prediction.float()
-        if model.norm_pix:  # the model predicts the patch without its brightness and contrast: lend it the true ones
-            prediction = prediction * plain.std(-1, keepdim=True) + plain.mean(-1, keepdim=True)
-        rows["target\n(blurred)"] = unpatchify(plain.cpu(), model.patch_size) * std + mean
-        rows["prediction"] = unpatchify(prediction.cpu(), model.patch_size) * std + mean
-    else:
-        rows["loss\n(bright: high)"] = grid_map(out.loss_map)
-    model.train()
-    label, gap, step = 130, 6, cell + 6
-    canvas = Image.new("RGB", (label + step * len(images), gap + step * len(rows)), "white")
+def evaluate(run: "Run", teacher, train_images: Images, val: Images | None):
+    """Report and log k-NN accuracy, where there are labels, and whether the order follows the content."""
+    if not run.args.knn_images:
+        return
+    run.model.eval()
+    scores = order_statistics(teacher or run.model, val or train_images, run.args.anchor, run.args)
+    if val and val.labels is not None and train_images.labels is not None:
+        scores |= knn_accuracy(run.model, train_images, val, run.args)
+    run.model.train()
+    units = dict(position_share="", mirrored="", knn_cls=" %", knn_mean=" %")
+    say(f"epoch {run.epoch:g}: " + ", ".join(f"{name} {value:.3g}{units[name]}" for name, value in scores.items()))
+    run.log(**scores)
+
+
+# ---------------------------------------------------------------- pictures ----
+
+
+def heat(maps: torch.Tensor) -> torch.Tensor:
+    """Colour maps (N, L), each stretched to its own range, from dark violet over red to yellow: (N, 3, grid, grid)."""
+    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    x = rearrange((maps - low) / (high - low).clamp(min=1e-9) * 4, "n (h w) -> n h w", h=math.isqrt(maps.shape[1]))
+    colours = torch.tensor([[0.03, 0.0, 0.12], [0.34, 0.06, 0.43], [0.73, 0.21, 0.33], [0.98, 0.55, 0.04],
+                            [0.99, 1.0, 0.64]])
+    left = x.long().clamp(0, 3)
+    return rearrange(torch.lerp(colours[left], colours[left + 1], (x - left)[..., None]), "n h w c -> n c h w")
+
+
+def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
+    """Save labelled rows of pictures. rows: label -> images (N, 3, h, w) in [0, 1], or maps (N, L)."""
+    label, step = 150, cell + 6
+    canvas = Image.new("RGB", (label + step * len(next(iter(rows.values()))), 6 + step * len(rows)), "white")
+    pen = ImageDraw.Draw(canvas)
     for r, (name, row) in enumerate(rows.items()):
-        ImageDraw.Draw(canvas).text((10, gap + r * step + cell // 2), name, "black", ImageFont.load_default(15), "lm")
-        for c, picture in enumerate(row.clamp(0, 1)):
+        pen.text((10, 6 + r * step + cell // 2), name, "black", ImageFont.load_default(15), "lm")
+        for c, picture in enumerate(heat(row.float().cpu()) if row.ndim == 2 else row.float().cpu().clamp(0, 1)):
             tile = v2.functional.to_pil_image(picture).resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(tile, (label + c * step, gap + r * step))
+            canvas.paste(tile, (label + c * step, 6 + r * step))
     canvas.save(path)
+
+
+def decoder_rows(model: SemAIM, images: torch.Tensor, out) -> dict[str, torch.Tensor]:
+    """Rows for draw(): target and prediction as pictures if the model predicts pixels, else the loss of each patch."""
+    if model.target != "pixel":
+        return {"loss\n(bright: high)": out.loss_map}
+    mean, std = mean_and_std(DEVICE)
+    target = pixel_target(images, model.patch_size, model.blur, norm_pix=False)
+    prediction = out.prediction.float()
+    if model.norm_pix:  # the model does not predict a patch's mean and contrast: take the true ones
+        prediction = prediction * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
+    return {"target\n(blurred)" if model.blur else "target": unpatchify(target, model.patch_size) * std + mean,
+            "prediction": unpatchify(prediction, model.patch_size) * std + mean}
+
+
+@torch.no_grad()
+def save_samples(run: "Run", model: SemAIM, teacher, images: torch.Tensor):
+    """Draw samples.png: images (N, 3, H, W) uint8, the similarity map, the order, the target and the prediction."""
+    if RANK:
+        return
+    model.eval()
+    batch = normalise(images)
+    with autocast(run.args.precision):
+        out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))  # not compiled for this batch size
+        similarity = anchor_map(teacher or model, batch, model.anchor)
+    model.train()
+    rows = {"image": images / 255, "similarity\n(bright: high)": similarity,
+            "order\n(bright: early)": -out.order.argsort(1)}
+    try:
+        draw(run.folder / "samples.png", rows | decoder_rows(model, batch, out))
+    except OSError as e:
+        say(f"{run.folder / 'samples.png'} could not be written ({e.strerror}); training continues")
 
 
 # ---------------------------------------------------------------- training ----
 
 
-def make_model(args, device):
-    """The model that the command line asks for, and its teacher if it has one."""
-    teacher, target_dim = None, None
+def load_initial_weights(model: SemAIM, path):
+    """Start from the weights of a file, as far as their names match, and report the rest."""
+    weights, own = load_weights(path), model.state_dict()
+    say(f"{path}: {weights.summary}")
+    for name in weights.keys() & own.keys():
+        if weights[name].shape != own[name].shape:
+            raise ValueError(f"{path}: {name} is {tuple(weights[name].shape)}, but the model's is "
+                             f"{tuple(own[name].shape)}; see --arch, --img_size and --patch_size")
+    missing, unused = model.load_state_dict(weights, strict=False)
+    for what, names in (("keep their random values", missing), ("are not used", unused)):
+        if names:
+            say(f"{len(names)} tensors {what}: {', '.join(names[:3])}" + ", ..." * (len(names) > 3))
+
+
+def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
+    """The model that the command line asks for and its teacher, if it has one, on the device."""
+    size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
     names = ("img_size", "patch_size", "query_depth", "target", "order", "anchor", "loss", "head")
-    try:
-        if args.target in ("dino", "clip"):
-            if not args.teacher:
-                fail(f"--target {args.target} needs --teacher FILE, the weights of the teacher")
-            teacher = load_teacher(args.target, args.teacher).to(device)
-            target_dim = teacher.width
-        model = SemAIM(**{name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}, target_dim=target_dim,
-                       **{name: getattr(args, name) for name in names}).to(device)
-    except ValueError as e:
-        fail(f"--{e}" if str(e).split()[0] in names else f"--teacher {e}")  # the message begins with the culprit
-    if args.checkpoint:
-        start_from(args.checkpoint, model)
+    teacher = None
+    if args.target in ("dino", "clip"):
+        teacher = load_teacher(args.target, args.teacher, args.teacher_heads, args.img_size // args.patch_size,
+                               args.teacher_activation).to(DEVICE)
+        say(f"{args.teacher}: {teacher.summary}")
+    model = SemAIM(**size, target_dim=teacher.width if teacher else None,
+                   **{name: getattr(args, name) for name in names}).to(DEVICE)
+    if args.init_weights:
+        load_initial_weights(model, args.init_weights)
     if args.target == "ema":
         teacher = ema_teacher(model)
-    if teacher and args.anchor == "attention":
-        fail("--anchor attention is the student's own; with a teacher use cls or gap")
-    grid = args.img_size // args.patch_size
-    if teacher and teacher.grid != grid:
-        fail(f"--teacher {args.teacher} has {teacher.grid} x {teacher.grid} patches, but --img_size {args.img_size} "
-             f"and --patch_size {args.patch_size} make {grid} x {grid}")
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
         model.compile(fullgraph=True)
+        if teacher:
+            teacher.compile(fullgraph=True)
     return model, teacher
 
 
-def forward(call, images: torch.Tensor, teacher, options) -> Output:
-    """call: the model, bare or wrapped; options: what has .order and .anchor. A teacher decides the order, and the
-    target, if there is one."""
-    if teacher is None:
-        return call(images)
-    tokens = teacher(images)
-    similarity = similarity_map(tokens, options.anchor)
-    return call(images, patch_order(options.order, similarity), tokens[:, 1:])._replace(similarity=similarity)
-
-
-def backward(loss_of, scaler, args, device) -> torch.Tensor:
-    """Forward and backward of a micro-batch, loss_of() -> loss; returns it. Gradients add up over accum_iter calls."""
-    with autocast(device, args.precision):
-        loss = loss_of()
-    scaler.scale(loss / args.accum_iter).backward()
-    return loss.detach()
-
-
-def clip_gradients(model, optimizer, scaler, args) -> torch.Tensor:
-    """Undoes the loss scale, clips; returns the gradient norm before clipping."""
-    scaler.unscale_(optimizer)
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-
-
-def step_of(line: str) -> float:
-    """The step of a line of log.jsonl; infinite for a torn one."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
-
-
-class Run:
-    """A run of training and its files in --output_dir: last.pt, from which it goes on if it is there, and log.jsonl.
-
-    same: flags that must be what they were; ema: a module that follows the model, or None; state: what else to keep."""
-
-    def __init__(self, args, device, model, optimizer, same=SAME, ema=None, **state):
-        self.args, self.device, self.model, self.optimizer, self.ema = args, device, model, optimizer, ema
-        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        self.state = dict(step=0, epoch=0.0, seconds=0.0, unreadable=[]) | state
-        self.out = Path(args.output_dir)
-        self.last = self.out / "last.pt"
-        if RANK == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-        self.source = self.last if self.last.exists() or previous(self.last).exists() else args.resume
-        if self.source:
-            self.go_on_from(self.source, same)
-        log = self.out / "log.jsonl"
-        if RANK == 0 and log.exists():  # what came after the checkpoint will come again
-            lines = log.read_text().splitlines(keepends=True)
-            log.write_text("".join(line for line in lines if step_of(line) <= self.state["step"]))
-        if WORLD > 1:
-            steps = [None] * WORLD
-            dist.all_gather_object(steps, self.state["step"])
-            if len(set(steps)) > 1:
-                fail(f"--output_dir {self.out}: the processes find different checkpoints; it must be on a disk that "
-                     "all share")
-
-    def go_on_from(self, path, same):
-        """Everything as it was when the checkpoint was written."""
-        checkpoint = load_checkpoint(path)
-        check_resume(path, self.args, checkpoint["config"], same)
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # it is empty but for fp16
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        if self.ema:
-            self.ema.load_state_dict(checkpoint["ema"])
-        self.state = {name: checkpoint[name] for name in self.state}
-
-    def save(self):
-        """Writes everything that is needed to go on. All processes come here at the same step."""
-        if WORLD > 1:  # what each found unreadable, all know from now on
-            found = [None] * WORLD
-            dist.all_gather_object(found, self.state["unreadable"])
-            self.state["unreadable"][:] = sorted(set().union(*found))
-        if RANK == 0:
-            save_checkpoint(self.last, dict(
-                model=self.model.state_dict(), config=vars(self.args), optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(), ema=self.ema.state_dict() if self.ema else {}, **self.state))
-
-    def log(self, **line):
-        """A line for log.jsonl."""
-        if RANK == 0:
-            try:
-                with open(self.out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(dict(step=self.state["step"], epoch=self.state["epoch"]) | line) + "\n")
-            except OSError as e:  # a full disk
-                say(f"{self.out / 'log.jsonl'} lacks a line ({e.strerror}); training goes on")
-
-
-def count_steps(args, n: int) -> int:
-    """Steps of an epoch of n images."""
-    if n < args.total_batch:
-        fail(f"--batch_size {args.batch_size} x --accum_iter {args.accum_iter} x {WORLD} processes is larger than the "
-             f"data set ({n} images); give less, --accum_iter 1 for instance")
-    return n // args.total_batch
-
-
-def fit(run: Run, loss_of, views: Images, stop: int, on_save=None, after_step=None) -> bool:
-    """Trains from the step where the run is to step `stop`, saving now and then. Returns whether it came there; if not,
-    a signal or --steps ended it, and all is saved.
-
-    loss_of(call, images, labels) -> loss of a micro-batch, call: the model, or what DDP makes of it. A group of the
-    optimiser may have a "scale" for its learning rate. on_save(), after_step(step): what remains to be done then; the
-    latter returns the seconds that do not count as training, if any."""
-    args, device, model, optimizer, scaler, state = (
-        run.args, run.device, run.model, run.optimizer, run.scaler, run.state)
-    steps_per_epoch = count_steps(args, len(views))
-    lr = args.blr * args.total_batch / 256
-    end = min(stop, args.steps or stop)
-    if state["step"] > stop:
-        fail(f"{run.source} is at step {state['step']}, but --epochs {args.epochs} makes {stop}; give more --epochs")
-    if run.source:
-        say(f"{run.source}: going on from step {state['step']} of {stop}")
-    if args.epochs <= args.warmup_epochs:
-        say(f"--epochs {args.epochs} ends within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
-    stopping = []  # signals that came: the running step is finished, then all is saved
-
-    def on_signal(number, _):
-        stopping.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-
-    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
-    batches = iter(make_loader(views, args.workers, device, batch_sampler=Batches(
-        len(views), args.total_batch, args.accum_iter, args.seed, state["step"], stop)))
-    bar = tqdm(total=stop, initial=state["step"], unit="step", disable=RANK > 0, smoothing=0.05)
-    saved = logged = time.monotonic()
-    logged_step = state["step"]
-    while state["step"] < end:
-        step = state["step"]
-        lr_now = learning_rate(step / steps_per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_now * group.get("scale", 1.0)
-
-        loss = 0.0
-        for micro in range(args.accum_iter):
-            images, labels, bad = next(batches)
-            name_unreadable(views, bad)
-            torch.manual_seed(hash((args.seed, step, micro, RANK)))  # order ties, stochastic orders, mixing
-            images, labels = normalise(images, device), labels.to(device)
-            sync = micro == args.accum_iter - 1 or WORLD == 1
-            with contextlib.nullcontext() if sync else wrapped.no_sync():
-                loss += backward(lambda: loss_of(wrapped, images, labels), scaler, args, device) / args.accum_iter
-        grad_norm = clip_gradients(model, optimizer, scaler, args)
-
-        # One look at the device a step: is all well, and does anybody want to save or to stop?
-        due = time.monotonic() - saved > 60 * args.save_every_minutes
-        seen = torch.stack([loss, grad_norm, loss.new_tensor(float(due)), loss.new_tensor(float(bool(stopping)))])
-        if WORLD > 1:
-            dist.all_reduce(seen)
-            seen /= WORLD
-        loss, grad_norm, save_now, stop_now = seen.tolist()
-        if not math.isfinite(loss) or (not scaler.is_enabled() and not math.isfinite(grad_norm)):
-            fail(f"the loss is {loss} (gradient norm {grad_norm}) at step {step}; the last good checkpoint is kept in "
-                 f"{args.output_dir}. Try a lower --blr, or --precision fp32")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        state["step"] += 1
-        state["epoch"] = state["step"] / steps_per_epoch
-        bar.update()
-        if after_step:
-            logged += after_step(step) or 0.0
-
-        now = time.monotonic()
-        if state["step"] % 10 == 0 or state["step"] == end:
-            speed = (state["step"] - logged_step) * args.total_batch / (now - logged)
-            state["seconds"] += now - logged
-            logged, logged_step = now, state["step"]
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr_now:.1e}", img_s=f"{speed:.0f}")
-            run.log(loss=loss, lr=lr_now, grad_norm=grad_norm, images_per_s=speed)
-        ending = stop_now or state["step"] == end
-        if ending or save_now:
-            try:
-                run.save()
-                if on_save:
-                    on_save()
-            except (SystemExit, OSError) as e:  # a full disk may have room again next time
-                if ending:
-                    raise
-                say(f"{e}; training goes on")
-            saved = time.monotonic()
-        if stop_now:
-            break
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if state["step"] < stop:
-        say(f"stopped after step {state['step']} of {stop}, saved in {run.last}; the same command"
-            + (" without --steps" if state["step"] >= end else "") + " goes on")
-    return state["step"] == stop
+def feature_spread(tokens: torch.Tensor) -> torch.Tensor:
+    """How much a teacher's features (N, 1+L, C) differ between images: 1 - |mean of the N unit vectors|^2, averaged
+    over the patches. 0 means that all images have the same features: the teacher has collapsed."""
+    return 1 - F.normalize(tokens[:, 1:].float(), dim=-1).mean(0).square().sum(-1).mean()
 
 
 def train(args):
-    """One run, from the command line's arguments to the last checkpoint."""
-    if args.export:
-        if not args.checkpoint:
-            fail("--export needs --checkpoint FILE, the weights to export")
-        weights = encoder_weights(read_weights(args.checkpoint))
-        save_checkpoint(Path(args.export), weights)
-        return say(f"{args.export}: the encoder, {len(weights)} tensors")
-    device = setup(args)
-    if args.benchmark:
-        return benchmark(args, device)
-    torch.manual_seed(args.seed)
-    model, teacher = make_model(args, device)
+    """Pre-train a model as the command line says."""
+    join_processes()
     data = load_data(args.data, "train", args.data_root)
     val = load_data(args.data, "val", args.data_root, data.classes)
-    steps_per_epoch = count_steps(args, len(data))
-    stop = steps_per_epoch * args.epochs
-    run = Run(args, device, model, make_optimizer(model, args.weight_decay), knn_before=None,
-              ema=teacher.vit if args.target == "ema" else None)
+    examples = [Views(val or data, functools.partial(eval_view, size=args.img_size))[0, i][0]
+                for i in evenly(val or data, 8).tolist()]
 
-    data.unreadable = run.state["unreadable"]
-
-    few = val or data
-    few = [few.seen(eval_view, args.img_size)[0, i][0]
-           for i in torch.linspace(0, len(few) - 1, min(8, len(few))).long().tolist()]
-
-    def draw():
-        if RANK == 0:
-            save_samples(run.out / "samples.png", model, normalise(torch.stack(few), device), teacher)
-
-    def evaluate(when: str):
-        if not args.knn_images or val is None or data.labels is None or val.labels is None:
-            return None
-        top1 = knn_accuracy(model, data, val, args, device)
-        say(f"k-NN top-1 {when} training: {top1['cls']:.1f} % on CLS, {top1['mean']:.1f} % on the mean of the patches")
-        run.log(knn_cls=top1["cls"], knn_mean=top1["mean"])
-        return top1
-
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
-        f"{args.data}: {len(data):,} images, {stop:,} steps of {args.total_batch} on {WORLD} x {device.type} in "
-        f"{args.precision}, results in {run.out}")
-    if run.state["step"] == 0:
-        run.state["knn_before"] = evaluate("before")
-
-    teach = (lambda step: ema_update(teacher, model, ema_decay(step / steps_per_epoch))) if run.ema else None
-    if not fit(run, lambda call, images, _: forward(call, images, teacher, args).loss,
-               data.seen(random_view, args.img_size, args.seed), stop, draw, teach):
-        return
-
-    before, after = run.state["knn_before"], evaluate("after")
-    if run.state["unreadable"]:
-        say(f"{len(run.state['unreadable'])} of {len(data)} files were not readable as images and left out")
-    gain = ""
-    if before and after:
-        gain = ", k-NN top-1 " + ", ".join(f"{pool} {before[pool]:.1f} -> {after[pool]:.1f} %" for pool in after)
-    say(f"done: {stop} steps in {run.state['seconds'] / 60:.1f} min{gain}; see {run.out / 'samples.png'} and log.jsonl")
-
-
-# ---------------------------------------------------------------- benchmark ----
-
-
-def matmul_peak(device, dtype) -> float:
-    """FLOP/s of the best of six matrix products, 2048 and 4096 wide: what this machine can do at most."""
-    best = 0.0
-    for n in (2048, 4096):
-        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-        for _ in range(4):  # the first one warms up; it can only be slower
-            seconds = timed(lambda: a @ b, device)
-            best = max(best, 2 * n**3 / seconds)
-    return best
-
-
-def timed(function, device) -> float:
-    """Seconds that a call takes, device work included."""
-    start = time.perf_counter()
-    function()
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-    return time.perf_counter() - start
-
-
-def peak_memory(device) -> int:
-    """Bytes: the most that this process has had at once."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def benchmark(args, device):
-    """Times whole steps and the loader, and says which of the two would hold up training."""
-    from torch.utils.flop_counter import FlopCounterMode  # here, for it imports much that training has no use for
-
-    # Steps: order, forward, backward, clipping, optimiser.
-    imports = peak_memory(device)
-    model, teacher = make_model(args, device)
+    torch.manual_seed(args.seed)
+    model, teacher = make_model(args)  # a teacher decides the order and, unless pixels are predicted, the target
     optimizer = make_optimizer(model, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    images = torch.randint(256, (args.batch_size, 3, args.img_size, args.img_size), dtype=torch.uint8)
-    args.accum_iter = 1
+    run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
+    if run.finished:
+        return
+    say(f"{args.arch}, {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters, "
+        f"{args.img_size} px in patches of {args.patch_size}, {args.data}: {len(data):,} images, {run.last_step:,} steps "
+        f"of {run.total_batch} on {WORLD} x {DEVICE.type} in {args.precision}, results in {run.folder}")
+    if run.step == 0:
+        evaluate(run, teacher, data, val)
 
-    def step():
-        batch = normalise(images, device)
-        backward(lambda: forward(model, batch, teacher, args).loss, scaler, args, device)
-        clip_gradients(model, optimizer, scaler, args)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+    for step, micro_batches in run.steps(Views(data, random_crop(args.img_size), args.seed)):
+        lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
+        run.set_learning_rate(lr)
 
-    timed(step, device)  # warms up, and makes the optimiser's state
-    seconds = sorted(timed(step, device) for _ in range(3 if device.type == "cpu" else 20))
-    state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())  # + gradient, two moments
-    activations = (peak_memory(device) - imports - state) / args.batch_size / 1e9
-    with FlopCounterMode(display=False) as counter:
-        one = normalise(images[:1], device)
-        backward(lambda: forward(model.forward, one, teacher, args).loss, scaler, args, device)  # past torch.compile
-    flops = counter.get_total_flops() * args.batch_size
-    peak = matmul_peak(device, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[args.precision])
-    median = seconds[len(seconds) // 2]
-    print(f"{args.arch}, {args.img_size} px, batch {args.batch_size}, {args.precision}, {device.type}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"step           {median:.3f} s (of {len(seconds)}: {seconds[0]:.3f} to {seconds[-1]:.3f}), "
-          f"{args.batch_size / median:.1f} images/s")
-    print(f"arithmetic     {flops / median / 1e12:.3f} TFLOP/s, {100 * flops / median / peak:.0f} % of this machine's "
-          f"matrix product ({peak / 1e12:.3f} TFLOP/s); {flops / args.batch_size / 1e9:.0f} GFLOP an image")
-    print(f"activations    {activations:.3f} GB an image (peak less imports, weights, gradients, optimiser)")
+        # Gradients of accum_iter micro-batches add up. DDP averages them over the processes in the last one.
+        for images, _ in micro_batches:
+            with autocast(args.precision):
+                inputs = teacher_inputs(teacher, images, args.anchor)
+                out = run.forward(images, **inputs)
+            spread = dict(teacher_spread=feature_spread(inputs["teacher_tokens"])) if teacher else {}
+            run.backward(out.loss, **spread)
 
-    # Loader: one worker, on 64 JPEGs of ImageNet's usual size, twelve times over; in turns with the usual pipeline.
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "class").mkdir()
-        for i, image in enumerate(F.interpolate(draw_shapes(64, 0)[0].float(), size=(375, 500), mode="bicubic")):
-            image = (image + 4 * torch.randn(image.shape)).clamp(0, 255).byte()
-            v2.functional.to_pil_image(image).save(f"{folder}/class/{i}.jpg", quality=90)
-        kilobytes = sum(path.stat().st_size for path in Path(folder).glob("*/*")) / 64e3
-        usual = torchvision.datasets.ImageFolder(folder, v1.Compose([
-            v1.RandomResizedCrop(args.img_size, (0.2, 1), interpolation=v1.InterpolationMode.BICUBIC),
-            v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD)]))
-        usual.samples *= 12
-        ours = Images([path for path, _ in usual.samples], None, None, random_view, args.img_size)
-        rates = [(loader_rate(ours, [(0, i) for i in range(768)]), loader_rate(usual, range(768))) for _ in range(3)]
-    rate, usual_rate = (sorted(column)[1] for column in zip(*rates))
-    print(f"loader         {rate:.0f} images/s a worker on 500 x 375 JPEGs of {kilobytes:.0f} kB, "
-          f"{rate / usual_rate:.2f} times RandomResizedCrop, flip, ToTensor and Normalize on Pillow images")
-    need, workers = args.batch_size / median / rate, max(args.workers, 1)
-    print(f"bottleneck     the {'model' if need <= workers else 'loader'}: feeding this model takes "
-          f"{need:.2f} workers, and there are {workers}")
+        # Clip, check that all is finite, update the weights. From here on `step` is done, and run.step is the next.
+        measures = run.update()
+        if args.target == "ema":
+            ema_update(teacher, model, ema_decay(step / run.steps_per_epoch))
+
+        run.log_step(lr=lr, **measures)
+        if run.epoch_ended(args.eval_every) and not run.stopping and not run.finished:
+            evaluate(run, teacher, data, val)
+        if run.epoch_ended(args.keep_every):
+            run.save(f"epoch-{run.epoch:.0f}.pt")
+        if run.save_due:
+            run.save()
+            save_samples(run, model, teacher, torch.stack(examples))
+
+    if run.finished:
+        evaluate(run, teacher, data, val)
+        data.report_unreadable()
+        say(f"done: {run.last_step} steps in {run.state['seconds'] / 60:.1f} min; see {run.folder / 'samples.png'}")
 
 
-def loader_rate(data, keys) -> float:
-    """Images/s that one worker delivers, its start not counted."""
-    batches = iter(DataLoader(data, sampler=keys, batch_size=32, num_workers=1))
-    next(batches)
-    start = time.perf_counter()
-    return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
+# ---------------------------------------------------------------- command line ----
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except those that are derived later and those of switches."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags that train.py and eval.py share; what is wrong with them is said in one line."""
+    """A parser that raises ValueError for wrong flags."""
 
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        add = self.add_argument
-        add("--data", default="shapes", help=f"{', '.join(BUILT_IN)}, or a folder of images")
-        add("--data_root", default="data", help="where cifar10 and fashion_mnist lie or are downloaded to")
-        add("--resume", help="checkpoint to go on from if there is no OUTPUT_DIR/last.pt yet")
-        for name in ("img_size", "patch_size"):
-            add(f"--{name}", type=int)
-        add("--batch_size", type=int, help="of one process at a time")
-        add("--accum_iter", type=int, help="micro-batches a step; default: what makes up the recipe's total batch")
-        add("--epochs", type=int)
-        add("--steps", type=int, help="stop early, after so many steps of the schedule that --epochs makes")
-        add("--warmup_epochs", type=float)
-        add("--blr", type=float, help="base learning rate; lr = blr * total batch / 256")
-        add("--min_lr", type=float)
-        add("--weight_decay", type=float)
-        add("--clip_grad", type=float, help="0: do not clip")
-        add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16, but fp32 for vit_nano on a CPU")
-        add("--compile", action="store_true", help="torch.compile")
-        add("--grad_checkpointing", action="store_true", help="compute blocks twice, to keep less in memory")
-        add("--workers", type=int, help="loader processes; default: as many as cores, at most 16 for each process")
-        add("--seed", type=int, default=0)
-        add("--save_every_minutes", type=float, default=10)
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
-    def error(self, message):
-        fail(message)
+    def error(self, message: str):
+        raise ValueError(message)
 
 
-def fill_in(args, recipe: dict):
-    """Sets what was not given by hand: the recipe's values, and the micro-batches that make up its total batch."""
-    for name in ("batch_size", "accum_iter", "epochs"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)} is less than 1")
-    recipe["batch_size"] = max(1, min(recipe["batch_size"], recipe["total_batch"] // WORLD))
-    for name in recipe:
-        if getattr(args, name, 0) is None:  # 0: the recipe's total_batch, dim, depth and heads are no flags
-            setattr(args, name, recipe[name])
-    if args.accum_iter is None:
-        args.accum_iter = max(1, recipe["total_batch"] // (args.batch_size * WORLD))
-    args.total_batch = args.batch_size * args.accum_iter * WORLD
-    if args.workers is None:  # what lies in memory is too quick to be worth a process, unless a GPU waits for it
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = 0 if args.data in BUILT_IN and not torch.cuda.is_available() else min(16, cores)
+def positive(text: str, least: int = 1) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0, for argparse."""
+    return positive(text, least=0)
+
+
+def add_shared_flags(parser: Parser, recipe: dict):
+    """The flags of train.py and eval.py, with the recipe's values as defaults."""
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of images")
+    add("--data_root", default="data", metavar="DIR", help="where torchvision's data sets are, or are downloaded to")
+    add("--img_size", type=positive, default=recipe["img_size"], help="pixels")
+    add("--workers", type=natural, help="loader processes (default: one per usable core, at most 16 per process)")
+    add = parser.add_argument_group("machine").add_argument
+    add("--output_dir", help="default: a folder named after the run")
+    add("--precision", choices=("bf16", "fp16", "fp32"),
+        help="default: bf16 (fp16 on GPUs without it), but fp32 for vit_nano on a CPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--batch_size", type=positive, default=None,
+        help=f"the most images that a process holds at a time (default: {recipe['batch_size']})")
+    add("--seed", type=int, default=0, help="of weights, data order, views and patch orders")
+
+
+def add_training_flags(parser: Parser, recipe: dict):
+    """The flags of everything that trains with Run."""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive, default=recipe["epochs"], help="passes over the training images")
+    add("--accum_iter", type=positive, help="micro-batches per step (default: as many as make up a total batch of "
+        f"{recipe['total_batch']})")
+    for name, what in (("warmup_epochs", "epochs of linear warm-up"), ("min_lr", "the last learning rate"),
+                       ("blr", "base learning rate: lr = blr * total batch / 256"), ("weight_decay", "0 for biases and norms"),
+                       ("clip_grad", "largest gradient norm; 0: no clipping")):
+        add(f"--{name}", type=float, default=recipe[name], help=what)
+    add = parser.add_argument_group("run").add_argument
+    add("--grad_checkpointing", action="store_true", help="compute blocks twice to use less memory")
+    add("--resume", help="checkpoint to continue from if --output_dir has none yet")
+    add("--stop_after", type=positive, metavar="STEP", help="save and stop after this step")
+    add("--save_every_minutes", type=float, default=10.0, metavar="MINUTES", help="between two checkpoints")
+    add("--eval_every", type=natural, default=recipe["eval_every"], metavar="EPOCHS", help="0: only at the end")
+
+
+def settle(args, recipe: dict, processes: int = WORLD):
+    """Derive what follows from flags, environment and hardware: batch sizes, precision, compilation, workers."""
+    largest = args.batch_size or recipe["batch_size"]
+    if getattr(args, "accum_iter", None):
+        total = largest * args.accum_iter * processes
+    else:  # a batch size given by hand is used, also if it makes the total batch larger
+        total = max(recipe["total_batch"], (args.batch_size or 0) * processes)
+    args.batch_size, args.accum_iter = split_batch(total, largest, processes)
+    args.total_batch = args.batch_size * args.accum_iter * processes
+    cuda = DEVICE.type == "cuda"
+    if args.precision is None:
+        half = "bf16" if not cuda or torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+        args.precision = "fp32" if DEVICE.type == "mps" or (DEVICE.type == "cpu" and args.arch == "vit_nano") else half
+    if args.compile is None:
+        args.compile = cuda
+    if args.workers is None:  # images in memory are not worth a process, unless a GPU waits for them
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.workers = 0 if args.data in DATASETS and not cuda else max(1, min(16, cores // LOCAL_WORLD))
 
 
 def parse_args(argv=None):
-    """Command line -> arguments, the recipe of --arch filled in where nothing was given by hand."""
-    parser = Parser("Pre-train SemAIM.")
-    add = parser.add_argument
-    add("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults printed as None")
-    add("--output_dir", help="default: output/ARCH-DATA-TARGET")
-    add("--target", default="pixel", choices=TARGETS)
-    add("--teacher", help="weights of the teacher: any file that semaim.load_weights knows")
-    add("--order", default="semantic", choices=ORDERS)
-    add("--anchor", default="cls", choices=ANCHORS)
-    add("--loss", default="l2", choices=("l2", "l1"))
-    add("--head", default="mlp", choices=("mlp", "linear"))
-    add("--query_depth", type=int)
-    add("--knn_images", type=int, default=60_000, help="at most so many of train and of val; 0: no k-NN")
-    add("--checkpoint", help="weights to start from: any file that semaim.load_weights knows")
-    add("--export", help="write the encoder of --checkpoint to this file, in timm's names, and stop")
-    add("--benchmark", action="store_true", help="time steps and loader, then stop")
+    """Read the command line. --arch decides the recipe, which gives the defaults; nothing changes the result later."""
+    first = Parser(add_help=False)
+    first.add_argument("--arch", default="vit_nano")
+    arch = first.parse_known_args(argv)[0].arch
+    recipe = ARCHS.get(arch, ARCHS["vit_base"]) | RECIPES.get(arch, PAPER)
+    parser = Parser(description="Pre-train SemAIM.")
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults shown here")
+    add("--patch_size", type=positive, default=recipe["patch_size"], help="pixels")
+    add("--query_depth", type=positive, default=recipe["query_depth"], help="blocks of the query stream")
+    add("--target", default="pixel", choices=TARGETS, help="what is predicted for each patch")
+    add("--order", default="semantic", choices=ORDERS, help="the order of the patches")
+    add("--anchor", default="cls", choices=ANCHORS, help="what the patches are compared with")
+    add("--loss", default="l2", choices=("l2", "l1"), help="for pixels")
+    add("--head", default="mlp", choices=("mlp", "linear"), help="the prediction head")
+    add("--teacher", metavar="FILE", help="weights of the teacher for --target dino or clip")
+    add("--teacher_heads", type=positive, metavar="N", help="attention heads of the teacher (default: 64 wide each)")
+    add("--teacher_activation", default="quick_gelu", choices=("quick_gelu", "gelu"), help="of a CLIP teacher")
+    add("--init_weights", metavar="FILE", help="weights to start from (default: random)")
+    add_shared_flags(parser, recipe)
+    add_training_flags(parser, recipe)
+    add = parser.add_argument_group("evaluation while training").add_argument
+    add("--keep_every", type=natural, default=recipe["keep_every"], metavar="EPOCHS", help="keep these weights; 0: none")
+    add("--knn_images", type=natural, default=60_000, help="at most this many of train and of val; 0: no evaluation")
     args = parser.parse_args(argv)
-    recipe = ARCHS[args.arch] | RECIPES.get(args.arch, PAPER)
-    if args.benchmark and not torch.cuda.is_available():
-        recipe["batch_size"] = 16  # as much as a CPU does in bearable time
-    fill_in(args, recipe)
-    args.output_dir = args.output_dir or f"output/{args.arch}-{Path(args.data).name}-{args.target}"
+    if (args.target in ("dino", "clip")) != (args.teacher is not None):
+        raise ValueError(f"--target {args.target} " + ("takes no --teacher" if args.teacher else
+                         "needs --teacher FILE, the weights of the teacher"))
+    args.output_dir = args.output_dir or f"output/{args.arch}-{Path(args.data).resolve().name}-{args.target}"
+    settle(args, recipe)
     return args
 
 
-def main(argv=None, parse=parse_args, work=train):
-    """A command line: what a user can cause ends in one line."""
+@contextlib.contextmanager
+def user_errors():
+    """Print errors that a user can cause as one line, and leave the process group at the end."""
     try:
-        work(parse(argv))
-    except UnreadableError as e:
-        fail(str(e).splitlines()[-1].split("Error: ")[-1])  # a worker puts its trace in front
+        yield
+    except (ValueError, OSError) as e:  # an error in a loader worker ends with its message, after a traceback
+        raise SystemExit("error: " + re.sub(r"^\w+Error: ", "", str(e).strip().splitlines()[-1])) from None
+    except RuntimeError as e:
+        if "out of memory" not in str(e).lower() and "not enough memory" not in str(e):
+            raise
+        raise SystemExit("error: out of memory; lower --batch_size (accumulation keeps the total batch), or add "
+                         "--grad_checkpointing") from None
     except KeyboardInterrupt:
-        fail("interrupted outside of the training steps; the same command goes on from the last checkpoint, if any")
-    if dist.is_initialized():  # not after an error: the other processes may never come to it
-        dist.barrier()  # nobody leaves while another still talks to it
+        raise SystemExit("error: interrupted; run the same command to resume from the last checkpoint, if there is one")
+    if dist.is_initialized():  # not after an error: the other processes may be waiting for something else
+        dist.barrier()
         dist.destroy_process_group()
+
+
+def main(argv=None):
+    """Run a command line."""
+    with user_errors():
+        train(parse_args(argv))
 
 
 if __name__ == "__main__":
