@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from semaim import (ANCHORS, ARCHS, SemAIM, Teacher, ViT, load_weights, patch_order, pool_tokens, resize_positions,
+from semaim import (ANCHORS, ARCHS, SemAIM, ViT, load_weights, patch_order, pool_tokens, resize_positions,
                     vit_like)
 from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, collect, eval_batches, gather,
                    knn_votes, learning_rate, load_data, normalise, positive, say)
@@ -123,7 +123,7 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
         layer = len(model.blocks) + 1
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        elif name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        elif name.startswith(("cls_token", "pos_embed", "patch_embed", "register_tokens")):
             layer = 0
         decay = 0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else weight_decay
         scale = layer_decay ** (len(model.blocks) + 1 - layer)
@@ -324,15 +324,6 @@ def make_decoder(args, weights) -> SemAIM | None:
     return model.eval()
 
 
-def make_viewer(args, weights):
-    """What gives tokens and attention maps for show: a ViT, or a Teacher for the files of CLIP."""
-    if weights is None or "proj.weight" not in weights:
-        return make_encoder(args, weights).eval()
-    vit = vit_like(weights, args.heads, args.img_size, args.activation)
-    vit.load_state_dict(weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)})
-    return Teacher(vit, clip=True)
-
-
 @torch.no_grad()
 def show(args, weights):
     """Draw what a model sees in some images: the similarity by each anchor, the order as steps and, if the file has the
@@ -345,20 +336,22 @@ def show(args, weights):
     pictures = [data.load(i) for i in indices]
     pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
                                          [args.img_size, args.img_size]) for picture in pictures])
-    viewer, model = make_viewer(args, weights).to(DEVICE), weights and make_decoder(args, weights)
+    options = dict(activation=args.activation) if weights and "proj.weight" in weights else {}  # CLIP
+    vit = make_encoder(args, weights, **options).to(DEVICE).eval()
+    decoder = weights and make_decoder(args, weights)
     batch = normalise(pictures)
     anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
     rows = {"image": pictures / 255}
     for name in dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS):
-        rows[f"similarity\n({name})" if name != "attention" else "attention"] = train.anchor_map(viewer, batch, name)
-    order = patch_order("semantic", train.anchor_map(viewer, batch, anchor))
+        rows[f"similarity\n({name})" if name != "attention" else "attention"] = train.anchor_map(vit, batch, name)
+    order = patch_order("semantic", train.anchor_map(vit, batch, anchor))
     rows[f"order\n(by {anchor})"] = -order.argsort(1)
-    if model:
-        rows |= train.decoder_rows(model.to(DEVICE), batch, model(batch, order))
+    if decoder:
+        rows |= train.decoder_rows(decoder.to(DEVICE), batch, decoder(batch, order))
     path = Path(args.output_dir) / "show.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     train.draw(path, rows, cell=max(224, 1344 // len(pictures)) if len(pictures) < 6 else 224)
-    statistics = {} if args.images else train.order_statistics(viewer, data, anchor, args)
+    statistics = {} if args.images else train.order_statistics(vit, data, anchor, args)
     report(args, picture=str(path), anchor=anchor, **statistics)
 
 

@@ -1339,7 +1339,7 @@ def test_bad_files_for_eval(tmp_path, capsys, pretrained):
         with pytest.raises(SystemExit, match=message):
             score(tmp_path, capsys, "knn", "--checkpoint", str(tmp_path / "less.pt"))
     torch.save(weights | {"blocks.0.ls1.gamma": torch.ones(128)}, tmp_path / "more.pt")
-    with pytest.raises(SystemExit, match="another kind of ViT: its blocks have blocks.0.ls1.gamma"):
+    with pytest.raises(SystemExit, match="more.pt is another kind of ViT"):
         score(tmp_path, capsys, "knn", "--checkpoint", str(tmp_path / "more.pt"))
     torch.save(clip_weights(), tmp_path / "clip.pt")
     with pytest.raises(SystemExit, match="clip.pt is a CLIP tower"):
@@ -1396,7 +1396,10 @@ train.dist.destroy_process_group = lambda: None
 train.DistributedDataParallel = counting
 for flags in sys.argv[1:]:
     sums.clear()
-    train.main(flags.split())
+    try:
+        train.main(flags.replace("RANK", str(train.RANK)).split())
+    except SystemExit as e:
+        print(f"process {train.RANK} ended with {e}", flush=True)
     print(f"process {train.RANK} summed gradients {sum(sums)} times", flush=True)
 """
 SPLITS = {"1x8": (8, 1), "1x4 twice": (4, 2), "2x4": (4, 1), "2x2 twice": (2, 2)}  # batch_size, accum_iter
@@ -1425,6 +1428,7 @@ def splits(tmp_path_factory):
     cut = ends["raster", "cut"] = root / "cut"
     run(root, *"--order raster --batch_size 8 --stop_after 2".split(), out=cut)
     together.append([*together[0][:-1], cut])
+    together.append([*together[0][:-1], root / "folder-of-RANK"])
     (root / "several.py").write_text(SEVERAL)
     said, status = torchrun(root / "several.py", *(" ".join(map(str, flags)) for flags in together))
     assert status == 0, said
@@ -1446,7 +1450,8 @@ def test_any_split_of_a_batch_gives_the_same_weights(splits, order):
 def test_two_processes_sum_once_a_step_and_share_what_was_unreadable(splits):
     ends, said, _ = splits
     for rank in (0, 1):
-        assert re.findall(f"process {rank} summed gradients (\\d+) times", said) == ["5", "5", "5", "5", "3"]
+        assert re.findall(f"process {rank} summed gradients (\\d+) times", said) == ["5", "5", "5", "5", "3", "0"]
+        assert re.search(f"process {rank} ended with error: --output_dir .*folder-of-{rank}: not all processes see", said)
     assert "last.pt: resuming after step 2 of 6" in said  # begun by one process
     for (_, name), (checkpoint, _) in ends.items():
         config = checkpoint["config"]
@@ -1666,6 +1671,280 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_file(tmp_path, monkeypatc
     assert not (tmp_path / "out" / "last.tmp").exists()
     monkeypatch.setattr(train.Run, "update", clip)
     assert run(tmp_path)["step"] == 6  # there is room again, and the torn line of the log does no harm
+
+
+# ---------------------------------------------------------------- no silent surprises ----
+
+
+@pytest.mark.parametrize("flag,old,new", (
+    ("blr", 0.004, 0.001), ("min_lr", 0.0, 0.1), ("clip_grad", 3.0, 1.0), ("warmup_epochs", 0.5, 0.25),
+    ("weight_decay", 0.05, 0.0), ("precision", "fp32", "bf16"), ("seed", 0, 1), ("anchor", "cls", "gap")))
+def test_a_finished_run_refuses_other_settings(finished, flag, old, new):
+    with pytest.raises(SystemExit, match=f"last.pt was made with another value of --{flag}: {old}, now {new}. Repeat"):
+        run(finished, f"--{flag}", str(new))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run in it."""
+    root = tmp_path_factory.mktemp("finished")
+    run(root)
+    return root
+
+
+def test_a_finished_run_has_nothing_to_do(finished, capsys):
+    before = (finished / "out" / "last.pt").read_bytes()
+    run(finished)
+    said = capsys.readouterr().err
+    assert "last.pt: all 6 steps are done, nothing to train" in said and "done:" not in said
+    assert (finished / "out" / "last.pt").read_bytes() == before
+
+
+def test_a_run_remembers_the_content_of_its_files(tmp_path):
+    path = str(tmp_path / "weights.pt")
+    torch.manual_seed(1)
+    torch.save(SemAIM(32, 8, 128, 4, 2, 2).state_dict(), path)
+    run(tmp_path, "--init_weights", path)
+    shutil.copy(path, tmp_path / "copy.pt")
+    run(tmp_path, "--init_weights", str(tmp_path / "copy.pt"))  # another name for the same content
+    torch.manual_seed(2)
+    torch.save(SemAIM(32, 8, 128, 4, 2, 2).state_dict(), path)
+    with pytest.raises(SystemExit, match="another value of the SHA-256 of --init_weights: "):
+        run(tmp_path, "--init_weights", path)
+    Image.new("RGB", (9, 9)).save(tmp_path / "data" / "train" / "cat" / "new.png")
+    with pytest.raises(SystemExit, match="another value of the number of training images: 12, now 13"):
+        run(tmp_path, "--init_weights", str(tmp_path / "copy.pt"))
+
+
+def test_the_total_batch_is_the_recipes():
+    for processes, total in {1: 2048, 2: 2048, 3: 2043, 5: 2040, 6: 2040, 7: 2044, 8: 2048, 24: 2040, 64: 2048}.items():
+        batch, accum_iter = train.split_batch(2048, 256, processes)
+        assert batch * accum_iter * processes == total and batch <= 256
+    assert train.split_batch(50, 128, 1) == (50, 1)
+    for flags, expected in (([], (128, 1)), (["--batch_size", "32"], (32, 4)), (["--batch_size", "256"], (256, 1)),
+                            (["--batch_size", "32", "--accum_iter", "3"], (32, 3)), (["--accum_iter", "2"], (128, 2))):
+        args = train.parse_args(flags)
+        assert (args.batch_size, args.accum_iter) == expected and args.total_batch == math.prod(expected)
+
+
+def test_fewer_images_than_a_batch(tmp_path, capsys):
+    train.main(["--data", str(folder(tmp_path)), "--epochs", "2", "--workers", "0", "--output_dir", str(tmp_path / "out")])
+    assert "the total batch is 12 instead of 128: 12 images, 1 processes" in capsys.readouterr().err
+    assert train.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
+
+
+def test_a_stray_image_does_not_drop_the_labels(tmp_path, capsys):
+    data = folder(tmp_path)
+    Image.new("RGB", (9, 9)).save(data / "train" / "montage.jpg")
+    images = train.load_data(str(data), "train")
+    assert images.classes == ["cat", "dog"] and len(images) == 12
+    assert f"ignored, not in a class folder: {data / 'train' / 'montage.jpg'}\n" in capsys.readouterr().err
+
+
+def test_a_passing_error_is_not_taken_for_a_bad_checkpoint(tmp_path, monkeypatch):
+    run(tmp_path, "--save_every_minutes", "0", "--stop_after", "2")
+    last, load, options = tmp_path / "out" / "last.pt", torch.load, []
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("Stale file handle")
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(SystemExit, match=r"last.pt could not be read \(Stale file handle\); try again"):
+        run(tmp_path)
+    assert last.exists() and not last.with_suffix(".bad").exists()
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: options.append(kwargs) or load(*args, **kwargs))
+    train.load_checkpoint(last)
+    assert options[0]["mmap"] and options[0]["weights_only"]  # processes of one machine share the pages
+
+
+def test_another_launcher_is_told_to_use_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(SystemExit, match="8 separate copies of this program were started.*srun --ntasks-per-node=1 torch"):
+        run(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "1")  # inside torchrun
+    run(tmp_path)
+
+
+def test_sigterm_twice_saves_and_a_second_ctrl_c_ends(tmp_path, monkeypatch):
+    update = train.Run.update
+
+    def signals(number):
+        def signalled(self):
+            if self.step == 3:
+                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)
+            return update(self)
+        return signalled
+
+    monkeypatch.setattr(train.Run, "update", signals(signal.SIGTERM))
+    assert run(tmp_path)["step"] == 4
+    monkeypatch.setattr(train.Run, "update", signals(signal.SIGINT))
+    with pytest.raises(SystemExit, match="interrupted; run the same command to resume"):
+        run(tmp_path, out="other")
+    assert not (tmp_path / "other" / "last.pt").exists()
+
+
+def test_loader_workers_outlive_signals(tmp_path):
+    images = train.load_data(str(folder(tmp_path)), "train")
+    batches = iter(train.make_loader(train.Views(images, EVAL_VIEW), 2, sampler=[(0, i) for i in range(12)], batch_size=1))
+    next(batches)
+    for worker in batches._workers:
+        os.kill(worker.pid, signal.SIGTERM)
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(batches)) == 11
+
+
+def test_workers_follow_the_cores_that_may_be_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    assert train.parse_args(["--data", str(tmp_path)]).workers == 6
+    monkeypatch.setattr(train, "LOCAL_WORLD", 2)
+    assert train.parse_args(["--data", str(tmp_path)]).workers == 3
+    monkeypatch.setattr(train, "LOCAL_WORLD", 8)
+    assert train.parse_args(["--data", str(tmp_path)]).workers == 1  # never 0 for files
+    assert train.parse_args([]).workers == 0
+
+
+def test_a_million_paths_are_one_array():
+    images = train.Images([f"folder/{i}.jpg" for i in range(1000)])
+    assert images.items.dtype.kind == "S" and images.path(7) == "folder/7.jpg"
+    loader = train.make_loader(train.Views(images, EVAL_VIEW), 1, sampler=[(0, 0)])
+    assert sys.platform != "linux" or loader.multiprocessing_context.get_start_method() == "fork"
+
+
+def test_one_process_of_a_machine_downloads(tmp_path, monkeypatch):
+    calls = []
+
+    class Source:
+        data, targets, classes = [[[0] * 28] * 28], [0], ["shirt"]
+
+        def __init__(self, root, train, download=False):
+            calls.append(download)
+
+    monkeypatch.setattr(train.torchvision.datasets, "FashionMNIST", Source)
+    assert train.load_data("fashion_mnist", "train").load(0).shape == (3, 28, 28)
+    monkeypatch.setattr(train, "LOCAL_RANK", 1)
+    train.load_data("fashion_mnist", "train")
+    assert calls == [True, False, False]
+
+
+def test_cifar100_comes_from_torchvision(monkeypatch):
+    class Source:
+        data, targets, classes = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).numpy(), [5, 99], ["x"] * 100
+
+        def __init__(self, root, train, download=False):
+            pass
+
+    monkeypatch.setattr(train.torchvision.datasets, "CIFAR100", Source)
+    images = train.load_data("cifar100", "val")
+    assert images.load(1).shape == (3, 32, 32) and images.labels.tolist() == [5, 99] and len(images.classes) == 100
+
+
+def test_the_process_group_waits_and_names_what_c10d_needs(monkeypatch, capsys):
+    joined, store = [], train.dist.HashStore()
+    monkeypatch.setattr(train, "WORLD", 16)
+    monkeypatch.setattr(train, "LOCAL_WORLD", 8)
+    monkeypatch.setattr(train.dist, "rendezvous", lambda _: iter([(store, 0, 16)]))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *args, **options: joined.append(options))
+    for name, value in dict(WORLD_SIZE=16, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=1,
+                            TORCHELASTIC_MAX_RESTARTS=3).items():
+        monkeypatch.setenv(name, str(value))
+    train.join_processes()
+    assert joined[0]["timeout"].total_seconds() == 1800
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")):
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(train.Run, "backward", fails)
+        with pytest.raises(SystemExit, match="^error: out of memory; lower --batch_size .* --grad_checkpointing$"):
+            run(tmp_path)
+    monkeypatch.setattr(train.Run, "backward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # an error of the program keeps its traceback
+        run(tmp_path)
+
+
+def test_a_collapse_of_the_ema_teacher_is_visible(tmp_path):
+    patches = torch.randn(1, 17, 8)
+    assert train.feature_spread(patches.expand(64, -1, -1)).item() == pytest.approx(0, abs=1e-6)
+    assert train.feature_spread(torch.randn(64, 17, 512)) > 0.95
+    run(tmp_path, "--target", "ema")
+    spread = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])["teacher_spread"]
+    assert 0 < spread < 1
+
+
+# ---------------------------------------------------------------- what the order follows, and pictures of it ----
+
+
+def test_order_statistics(tmp_path):
+    data = train.load_data(str(folder(tmp_path)), "train")
+    args = train.parse_args(["--batch_size", "5", "--workers", "0"])
+
+    def encoder(function):
+        """A teacher whose patch tokens are at angle function(...) to CLS."""
+        def tokens(images):
+            angle = function(images)
+            patches = torch.stack([angle.cos(), angle.sin()], dim=-1)
+            return torch.cat([torch.tensor([1.0, 0.0]).expand(len(images), 1, 2), patches], dim=1)
+        return tokens
+
+    ramp = torch.linspace(0, 1, 16)
+    place = train.order_statistics(encoder(lambda images: ramp.expand(len(images), -1)), data, "cls", args)
+    assert place["position_share"] == pytest.approx(1, abs=1e-5) and place["mirrored"] == 0
+    content = train.order_statistics(encoder(lambda images: patchify(images, 8).mean(-1)), data, "cls", args)
+    assert content["position_share"] < 0.9 and content["mirrored"] == 1
+    noise = train.order_statistics(encoder(lambda images: torch.rand(len(images), 16)), data, "cls", args)
+    assert noise["position_share"] == pytest.approx(1 / 12, abs=0.1)  # what 12 images leave of nothing
+
+
+def test_evaluation_and_milestones_while_training(tmp_path):
+    run(tmp_path, "--knn_images", "100", "--eval_every", "1", "--keep_every", "1")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if "knn_cls" in line]
+    assert [line["epoch"] for line in scores] == [0, 1, 2]
+    assert all(0 <= line[name] <= 1 for line in scores for name in ("position_share", "mirrored"))
+    for epoch in (1, 2):
+        kept = torch.load(tmp_path / "out" / f"epoch-{epoch}.pt", weights_only=True)
+        assert kept["epoch"] == epoch and "optimizer" not in kept
+        assert semaim.load_weights(tmp_path / "out" / f"epoch-{epoch}.pt").keys() == kept["model"].keys()
+    assert train.parse_args(["--arch", "vit_base"]).eval_every == 20
+
+
+@pytest.mark.parametrize("file,rows", (("own", 7), ("vit", 5), ("clip", 5), (None, 5)))
+def test_show(tmp_path, capsys, pretrained, file, rows):
+    torch.save(small_vit().state_dict(), tmp_path / "vit.pt")
+    torch.save(clip_weights(), tmp_path / "clip.pt")
+    checkpoint = [] if file is None else ["--checkpoint", pretrained if file == "own" else str(tmp_path / f"{file}.pt")]
+    names = [str(tmp_path / f"{size}.png") for size in ((300, 200), (20, 500), (1, 1))]
+    for name, size in zip(names, ((300, 200), (20, 500), (1, 1))):
+        Image.effect_noise(size, 50).save(name)
+    result = score(tmp_path, capsys, "show", *checkpoint, *names)
+    assert result["task"] == "show" and "position_share" not in result
+    picture = Image.open(result["picture"])
+    cell = (picture.width - 150 - 6) // 3 - 6
+    assert cell >= 224 and round((picture.height - 6) / (cell + 6)) == rows
+    result = score(tmp_path, capsys, "show", *checkpoint, "--img_size", "48", "--anchor", "gap")
+    assert 0 <= result["position_share"] <= 1 and 0 <= result["mirrored"] <= 1 and result["anchor"] == "gap"
+
+
+def test_help_shows_the_recipe_of_the_arch(capsys):
+    for flags, parse in ((["--arch", "vit_base", "--help"], train.parse_args),
+                         (["finetune", "--arch", "vit_base", "--help"], evaluation.parse_args)):
+        with pytest.raises(SystemExit) as e:
+            parse(flags)
+        said = " ".join(capsys.readouterr().out.split())
+        assert e.value.code == 0 and "(default: None)" not in said
+        assert ("(default: 800)" if "finetune" not in flags else "(default: 0.65)") in said
+
+
+def test_progress_in_a_log_file_is_plain_lines(tmp_path, capsys):
+    run(tmp_path)
+    lines = [line for line in capsys.readouterr().err.replace("\r", "").splitlines() if line.startswith("step ")]
+    assert re.fullmatch(r"step 6 of 6, loss \d+\.\d+, lr \S+, \d+ images/s, \S+ left\s*", lines[-1]), lines
 
 
 # ---------------------------------------------------------------- chaos ----
