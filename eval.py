@@ -264,7 +264,7 @@ def linear_cached(args, weights, data: Images, val: Images):
 
 
 def train_classifier(args, weights, data: Images, val: Images):
-    """Train the classifier of `linear` or `finetune`, and score it. last.pt is for resuming, best.pt the best so far."""
+    """Train the classifier of `linear` or `finetune` and score it. last.pt is for resuming, best.pt the best so far."""
     model = make_classifier(args, weights, len(data.classes)).to(DEVICE)
     if args.compile:
         model.compile()
@@ -345,7 +345,7 @@ def show(args, weights):
     for name in dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS):
         rows[f"similarity\n({name})" if name != "attention" else "attention"] = train.anchor_map(vit, batch, name)
     order = patch_order("semantic", train.anchor_map(vit, batch, anchor))
-    rows[f"order\n(by {anchor})"] = -order.argsort(1)
+    rows[f"order\n(by {anchor})"] = order
     if decoder:
         rows |= train.decoder_rows(decoder.to(DEVICE), batch, decoder(batch, order))
     path = Path(args.output_dir) / "show.png"

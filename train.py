@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py --arch vit_base --data DIR    the same on 8 GPUs (--nnodes for more)
 
 DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*), or just images. Run the same command again to resume an
-interrupted run. Each random number depends only on the seed and on the step and process, or on the epoch and image, that
-it is drawn for. The number of workers and the place of an interruption therefore do not change the result.
+interrupted run. A random number depends only on the seed and on what it is drawn for: a step and process, or an epoch
+and image. The number of workers and the place of an interruption therefore do not change the result.
 
 The file reads in this order: recipes, processes, data, optimiser and schedule, checkpoints and the run, evaluation and
 pictures, train(), command line.
@@ -65,8 +65,8 @@ LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.g
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device(
     "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
 
-
-PLAIN_LINES = dict(mininterval=30, bar_format="step {n_fmt} of {total_fmt}{postfix}, {remaining} left\n")  # for log files
+# How tqdm shows the progress in a log file
+PLAIN_LINES = dict(mininterval=30, bar_format="step {n_fmt} of {total_fmt}{postfix}, {remaining} left\n")
 
 
 def say(message: str):
@@ -387,9 +387,6 @@ class Batches(Sampler):
         self.n, self.batch, self.accum_iter, self.seed = n, batch, accum_iter, seed
         self.start, self.stop = start, stop
 
-    def __len__(self):
-        return (self.stop - self.start) * self.accum_iter
-
     def __iter__(self):
         total, shuffled = self.batch * self.accum_iter * WORLD, None
         for step in range(self.start, self.stop):
@@ -403,7 +400,8 @@ class Batches(Sampler):
 
 def make_loader(views: Views, workers: int, **sampling) -> DataLoader:
     """A DataLoader over keys. sampling: batch_sampler=, or sampler= and batch_size=."""
-    fork = "fork" if workers and sys.platform == "linux" else None  # shares the list of files; not every Python's default
+    # fork shares the list of files between the workers; it is not the default of every Python
+    fork = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(views, num_workers=workers, pin_memory=DEVICE.type == "cuda", worker_init_fn=ignore_signals,
                       multiprocessing_context=fork, **sampling)
 
@@ -488,14 +486,6 @@ def save_checkpoint(path: Path, checkpoint: dict):
         raise OSError(f"{path} could not be written ({str(e).splitlines()[0]}); the previous checkpoint is kept") from e
 
 
-def is_damaged(path: Path) -> bool:
-    """Whether a checkpoint's own checksums do not match. An error while reading raises OSError: it is no damage."""
-    try:
-        return zipfile.ZipFile(path).testzip() is not None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
-        return True
-
-
 def load_checkpoint(path) -> dict:
     """Read a checkpoint of this file, or the previous one if it is damaged, foreign or missing. Raises OSError if it
     cannot be read now, and ValueError if there is no good one."""
@@ -503,15 +493,16 @@ def load_checkpoint(path) -> dict:
     for file in filter(Path.exists, (path, previous(path))):
         try:
             checkpoint = torch.load(str(file), map_location="cpu", mmap=True, weights_only=True)
-        except Exception as e:  # torch.load raises many types, also OSError for damaged files
-            if not is_damaged(file):
-                raise OSError(f"{file} could not be read ({str(e).splitlines()[0]}); try again") from e
+        except Exception as e:  # torch.load raises many types; the checksums tell damage from an error while reading
+            with contextlib.suppress(zipfile.BadZipFile, EOFError):
+                if zipfile.ZipFile(file).testzip() is None:
+                    raise OSError(f"{file} could not be read ({str(e).splitlines()[0]}); try again") from e
             continue
         if {"model", "config", "step"} <= set(checkpoint):
             break
     else:
-        raise ValueError(f"{path} is corrupt, or from another program, and no previous checkpoint is beside it; move it "
-                         "away or give another" if path.exists() else f"{path}: no such file")
+        raise ValueError(f"{path} is corrupt, or from another program, and there is no previous checkpoint; move it "
+                         "away to start again" if path.exists() else f"{path}: no such file")
     if file != path and RANK == 0 and path.exists():  # keep the bad file from replacing the good previous one
         os.replace(path, path.with_suffix(".bad"))
         say(f"{path} is corrupt, or from another program; renamed to {path.with_suffix('.bad').name}, and "
@@ -580,7 +571,7 @@ class Run:
             say(f"the total batch is {self.total_batch} instead of {args.total_batch}: {images} images, "
                 f"{WORLD} processes x {self.accum_iter} micro-batches x {self.batch} images")
         if args.epochs <= args.warmup_epochs:
-            say(f"--epochs {args.epochs} ends within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
+            say(f"--epochs {args.epochs} is within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
         self.forward = model if WORLD == 1 else DistributedDataParallel(
             model, gradient_as_bucket_view=True, bucket_cap_mb=100)
@@ -659,7 +650,8 @@ class Run:
                 + (" without --stop_after" if self.step == self.args.stop_after else "") + " to resume")
 
     def _on_signal(self, number, _):
-        """Ask the loop to save and stop. Schedulers and torchrun may send SIGTERM twice; a second Ctrl-C ends at once."""
+        """Ask the loop to save and stop. A scheduler and torchrun may both send SIGTERM; a second Ctrl-C ends at once.
+        """
         self.signalled = True
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
@@ -680,7 +672,7 @@ class Run:
             group["lr"] = lr * group.get("scale", 1.0)
 
     def backward(self, loss: torch.Tensor, **measures: torch.Tensor):
-        """Backward pass of one micro-batch; gradients add up to those of the mean loss. measures: scalars to average."""
+        """Backward pass of a micro-batch; gradients add up to those of the mean loss. measures: scalars to average."""
         self.scaler.scale(loss / self.accum_iter).backward()
         for name, value in (dict(loss=loss) | measures).items():
             self.measures[name] = self.measures.get(name, 0.0) + value.detach() / self.accum_iter
@@ -701,7 +693,8 @@ class Run:
         *values, save, stop = values.tolist()
         measures, self.measures = dict(zip(self.measures, values)), {}
         # With fp16, an infinite gradient norm is normal: the scaler skips the step and lowers its scale.
-        if not math.isfinite(measures["loss"]) or not (self.scaler.is_enabled() or math.isfinite(measures["grad_norm"])):
+        checked = measures["loss"] if self.scaler.is_enabled() else measures["loss"] + measures["grad_norm"]
+        if not math.isfinite(checked):
             raise ValueError(f"the loss is {measures['loss']} (gradient norm {measures['grad_norm']}) at step "
                              f"{self.step}; the last good checkpoint is kept in {self.folder}. Try a lower --blr, or "
                              "--precision fp32")
@@ -772,7 +765,8 @@ def eval_batches(images: Images, args, indices=None):
     views = Views(images, functools.partial(eval_view, size=args.img_size))
     loader = make_loader(views, args.workers, batch_size=args.batch_size,
                          sampler=[(0, i) for i in indices[RANK::WORLD]])
-    for batch, labels, unreadable in tqdm(loader, desc="evaluating", leave=False, disable=RANK > 0 or not sys.stderr.isatty()):
+    hidden = RANK > 0 or not sys.stderr.isatty()
+    for batch, labels, unreadable in tqdm(loader, desc="evaluating", leave=False, disable=hidden):
         images.note_unreadable(unreadable)
         yield normalise(batch), torch.where(unreadable < 0, labels, -1).to(DEVICE)
 
@@ -868,8 +862,7 @@ def evaluate(run: "Run", teacher, train_images: Images, val: Images | None):
     if val and val.labels is not None and train_images.labels is not None:
         scores |= knn_accuracy(run.model, train_images, val, run.args)
     run.model.train()
-    units = dict(position_share="", mirrored="", knn_cls=" %", knn_mean=" %")
-    say(f"epoch {run.epoch:g}: " + ", ".join(f"{name} {value:.3g}{units[name]}" for name, value in scores.items()))
+    say(f"epoch {run.epoch:g}: " + ", ".join(f"{name} {value:.3g}" for name, value in scores.items()))
     run.log(**scores)
 
 
@@ -887,15 +880,24 @@ def heat(maps: torch.Tensor) -> torch.Tensor:
 
 
 def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
-    """Save labelled rows of pictures. rows: label -> images (N, 3, h, w) in [0, 1], or maps (N, L)."""
-    label, step = 150, cell + 6
-    canvas = Image.new("RGB", (label + step * len(next(iter(rows.values()))), 6 + step * len(rows)), "white")
+    """Save labelled rows of pictures. rows: label -> images (N, 3, h, w) in [0, 1], maps (N, L), or an order (N, L)
+    long, whose steps are written on the patches if there is room."""
+    label, pitch = 150, cell + 6
+    canvas = Image.new("RGB", (label + pitch * len(next(iter(rows.values()))), 6 + pitch * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
     for r, (name, row) in enumerate(rows.items()):
-        pen.text((10, 6 + r * step + cell // 2), name, "black", ImageFont.load_default(15), "lm")
-        for c, picture in enumerate(heat(row.float().cpu()) if row.ndim == 2 else row.float().cpu().clamp(0, 1)):
+        pen.text((10, 6 + r * pitch + cell // 2), name, "black", ImageFont.load_default(15), "lm")
+        rank = None if row.dtype != torch.long else row.argsort(1).cpu()
+        row = (row if rank is None else -rank).float().cpu()
+        for c, picture in enumerate(heat(row) if row.ndim == 2 else row.clamp(0, 1)):
+            left, top = label + c * pitch, 6 + r * pitch
             tile = v2.functional.to_pil_image(picture).resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(tile, (label + c * step, 6 + r * step))
+            canvas.paste(tile, (left, top))
+            patch = cell / picture.shape[-1]
+            for i, step in enumerate(rank[c].tolist() if rank is not None and patch >= 14 else ()):
+                y, x = divmod(i, picture.shape[-1])
+                pen.text((left + (x + 0.5) * patch, top + (y + 0.5) * patch), str(step + 1),
+                         "black" if step < len(rank[c]) / 2 else "white", ImageFont.load_default(patch / 2.2), "mm")
     canvas.save(path)
 
 
@@ -924,7 +926,7 @@ def save_samples(run: "Run", model: SemAIM, teacher, images: torch.Tensor):
         similarity = anchor_map(teacher or model, batch, model.anchor)
     model.train()
     rows = {"image": images / 255, "similarity\n(bright: high)": similarity,
-            "order\n(bright: early)": -out.order.argsort(1)}
+            "order\n(bright: early)": out.order}
     try:
         draw(run.folder / "samples.png", rows | decoder_rows(model, batch, out))
     except OSError as e:
@@ -943,9 +945,9 @@ def load_initial_weights(model: SemAIM, path):
             raise ValueError(f"{path}: {name} is {tuple(weights[name].shape)}, but the model's is "
                              f"{tuple(own[name].shape)}; see --arch, --img_size and --patch_size")
     missing, unused = model.load_state_dict(weights, strict=False)
-    for what, names in (("keep their random values", missing), ("are not used", unused)):
-        if names:
-            say(f"{len(names)} tensors {what}: {', '.join(names[:3])}" + ", ..." * (len(names) > 3))
+    say(f"{len(own) - len(missing)} of the model's {len(own)} tensors were loaded"
+        + (f"; not in the file: {', '.join(missing[:3])}, ..." if missing else "")
+        + (f"; not used: {', '.join(unused[:3])}, ..." if unused else ""))
 
 
 def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
@@ -991,9 +993,10 @@ def train(args):
     run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
     if run.finished:
         return
-    say(f"{args.arch}, {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters, "
-        f"{args.img_size} px in patches of {args.patch_size}, {args.data}: {len(data):,} images, {run.last_step:,} steps "
-        f"of {run.total_batch} on {WORLD} x {DEVICE.type} in {args.precision}, results in {run.folder}")
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
+        f"{args.data}: {len(data):,} images, {run.last_step:,} steps of {run.total_batch} on {WORLD} x {DEVICE.type} "
+        f"in {args.precision}, results in {run.folder}")
     if run.step == 0:
         evaluate(run, teacher, data, val)
 
@@ -1049,17 +1052,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def positive(text: str, least: int = 1) -> int:
+def positive(text: str) -> int:
     """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-    return value
-
-
-def natural(text: str) -> int:
-    """An integer of at least 0, for argparse."""
-    return positive(text, least=0)
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
 
 
 def add_shared_flags(parser: Parser, recipe: dict):
@@ -1068,7 +1065,7 @@ def add_shared_flags(parser: Parser, recipe: dict):
     add("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--data_root", default="data", metavar="DIR", help="where torchvision's data sets are, or are downloaded to")
     add("--img_size", type=positive, default=recipe["img_size"], help="pixels")
-    add("--workers", type=natural, help="loader processes (default: one per usable core, at most 16 per process)")
+    add("--workers", type=int, help="loader processes (default: one per usable core, at most 16 per process)")
     add = parser.add_argument_group("machine").add_argument
     add("--output_dir", help="default: a folder named after the run")
     add("--precision", choices=("bf16", "fp16", "fp32"),
@@ -1083,10 +1080,11 @@ def add_training_flags(parser: Parser, recipe: dict):
     """The flags of everything that trains with Run."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive, default=recipe["epochs"], help="passes over the training images")
-    add("--accum_iter", type=positive, help="micro-batches per step (default: as many as make up a total batch of "
-        f"{recipe['total_batch']})")
+    add("--accum_iter", type=positive,
+        help=f"micro-batches per step (default: as many as make up a total batch of {recipe['total_batch']})")
     for name, what in (("warmup_epochs", "epochs of linear warm-up"), ("min_lr", "the last learning rate"),
-                       ("blr", "base learning rate: lr = blr * total batch / 256"), ("weight_decay", "0 for biases and norms"),
+                       ("blr", "base learning rate: lr = blr * total batch / 256"),
+                       ("weight_decay", "for weight matrices; biases and norms have none"),
                        ("clip_grad", "largest gradient norm; 0: no clipping")):
         add(f"--{name}", type=float, default=recipe[name], help=what)
     add = parser.add_argument_group("run").add_argument
@@ -1094,7 +1092,7 @@ def add_training_flags(parser: Parser, recipe: dict):
     add("--resume", help="checkpoint to continue from if --output_dir has none yet")
     add("--stop_after", type=positive, metavar="STEP", help="save and stop after this step")
     add("--save_every_minutes", type=float, default=10.0, metavar="MINUTES", help="between two checkpoints")
-    add("--eval_every", type=natural, default=recipe["eval_every"], metavar="EPOCHS", help="0: only at the end")
+    add("--eval_every", type=int, default=recipe["eval_every"], metavar="EPOCHS", help="0: only at the end")
 
 
 def settle(args, recipe: dict, processes: int = WORLD):
@@ -1140,8 +1138,8 @@ def parse_args(argv=None):
     add_shared_flags(parser, recipe)
     add_training_flags(parser, recipe)
     add = parser.add_argument_group("evaluation while training").add_argument
-    add("--keep_every", type=natural, default=recipe["keep_every"], metavar="EPOCHS", help="keep these weights; 0: none")
-    add("--knn_images", type=natural, default=60_000, help="at most this many of train and of val; 0: no evaluation")
+    add("--keep_every", type=int, default=recipe["keep_every"], metavar="EPOCHS", help="keep these weights; 0: none")
+    add("--knn_images", type=int, default=60_000, help="at most this many of train and of val; 0: no evaluation")
     args = parser.parse_args(argv)
     if (args.target in ("dino", "clip")) != (args.teacher is not None):
         raise ValueError(f"--target {args.target} " + ("takes no --teacher" if args.teacher else
