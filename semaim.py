@@ -619,8 +619,6 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32}
 
 
 def _read_safetensors(path) -> dict[str, Tensor]:
@@ -632,20 +630,16 @@ def _read_safetensors(path) -> dict[str, Tensor]:
             raise ValueError("the header is too long")
         header = json.loads(file.read(length), object_pairs_hook=list)  # lists of pairs show names that occur twice
     entries = {name: dict(entry) for name, entry in header if name != "__metadata__"}
-    if len(dict(header)) < len(header):
-        raise ValueError("a name occurs twice")
     data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
     weights, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if len(shape) > 8 or any(type(n) is not int or not 0 <= n <= size for n in (*shape, start, stop)):
-            raise ValueError(f"{name} has no valid shape or offsets")
-        if start != end or stop - start != math.prod(shape) * dtype.itemsize or stop > len(data):
+        whole = all(type(number) is int and 0 <= number <= size for number in (*shape, start, stop)) and len(shape) < 9
+        if not whole or start != end or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} does not fit its offsets")
-        weights[name] = data[start:stop].clone().view(dtype).view(shape)  # a copy is aligned
-        end = stop
-    if end != len(data):
-        raise ValueError("the tensors do not fill the file")
+        weights[name], end = data[start:stop].clone().view(dtype).view(shape), stop  # a copy is aligned
+    if end != len(data) or len(dict(header)) < len(header):
+        raise ValueError("the tensors do not fill the file, or a name occurs twice")
     return weights
 
 
@@ -657,50 +651,37 @@ class _Module(dict):
 
 
 class _ScriptUnpickler(pickle._Unpickler):  # the Python class; the C one allocates any memo index that a file names
-    """Read the modules of a TorchScript archive as nested dicts. Runs and imports nothing that the file names."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(archive.open(f"{root}data.pkl"))
-        self.storage = functools.cache(lambda key: bytearray(archive.read(f"{root}data/{key}")))
+    """Read the modules of a TorchScript archive as nested dicts, without running or importing what the file names."""
 
     def persistent_load(self, pid) -> Tensor:
-        return torch.frombuffer(self.storage(pid[2]), dtype=STORAGES[pid[1]])
+        _, dtype, key, _, _ = pid
+        return torch.frombuffer(self.storage(key), dtype=dtype)
 
     def find_class(self, module: str, name: str):
-        if module.startswith("__torch__"):
+        if module.startswith("__torch__") or (module, name) == ("collections", "OrderedDict"):
             return _Module
+        if module == "torch" and name.endswith("Storage"):  # as HalfStorage: its data type
+            return getattr(torch, name[:-len("Storage")].lower())
+        if module == "torch.jit._pickle":  # a list or dict with the type of its items
+            return lambda value, *_: value
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
-        if module == "torch.jit._pickle":  # lists and dicts with the type of their items
-            return lambda value, *_: value
-        if (module, name) == ("collections", "OrderedDict") or module == "torch" and name in STORAGES:
-            return dict if name == "OrderedDict" else name
         raise ValueError(f"GLOBAL {module}.{name}")
 
 
 def _read_torchscript(archive: zipfile.ZipFile, root: str) -> dict[str, Tensor]:
     """Read the tensors of a TorchScript archive under their dotted names."""
-    weights, todo, seen = {}, [("", _ScriptUnpickler(archive, root).load())], set()
+    unpickler = _ScriptUnpickler(archive.open(f"{root}data.pkl"))
+    unpickler.storage = functools.cache(lambda key: bytearray(archive.read(f"{root}data/{key}")))
+    weights, todo, seen = {}, [("", unpickler.load())], set()
     while todo:
         prefix, item = todo.pop()
         if torch.is_tensor(item):
-            weights[prefix] = item
+            weights[prefix[1:]] = item
         elif isinstance(item, dict) and id(item) not in seen:
             seen.add(id(item))
-            todo += [(f"{prefix}.{name}".lstrip("."), value) for name, value in item.items()]
+            todo += [(f"{prefix}.{name}", value) for name, value in item.items()]
     return weights
-
-
-def _read_archive(path) -> dict:
-    """Read a zip archive, of torch.save or of TorchScript."""
-    with zipfile.ZipFile(path) as archive:
-        root = next((name[:-13] for name in archive.namelist() if name.endswith("/constants.pkl")), None)
-        data = [entry for entry in archive.infolist() if root is None or "/code/" not in entry.filename]
-        if sum(entry.file_size for entry in data) > os.path.getsize(path):
-            raise ValueError("the archive is compressed")  # which torch does with code only
-        if root is not None:
-            return _read_torchscript(archive, root)
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _read_file(path):
@@ -708,12 +689,19 @@ def _read_file(path):
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+        if start[8:] == b"{":
+            return _read_safetensors(path)
+        zipped = start[:2] == b"PK"
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                root = next((name[:-13] for name in archive.namelist() if name.endswith("/constants.pkl")), None)
+                stored = [entry for entry in archive.infolist() if root is None or "/code/" not in entry.filename]
+                if sum(entry.file_size for entry in stored) > os.path.getsize(path):  # torch compresses only code
+                    raise ValueError("the archive is compressed")
+                if root is not None:
+                    return _read_torchscript(archive, root)
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
-            if start[8:] == b"{":
-                return _read_safetensors(path)
-            if start[:2] == b"PK":
-                return _read_archive(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except OSError as e:
@@ -743,12 +731,9 @@ STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard
 
 
 class Weights(dict):
-    """State dict, name -> fp32 tensor, with the names of this file. summary: a sentence on what was read; config: the
-    "config" of this project's checkpoints, else {}."""
-
-    def __init__(self, weights: dict, summary: str = "", config: Optional[dict] = None):
-        super().__init__(weights)
-        self.summary, self.config = summary, config or {}
+    """State dict with the names of this file, name -> fp32 tensor. summary: a sentence on what was taken from the file;
+    config: the "config" of a checkpoint of this project, else {}."""
+    summary, config = "", {}
 
 
 def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], str]:
@@ -845,13 +830,14 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
         raise ValueError(f"{path} {e}") from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError):  # unexpected shapes
         raise ValueError(f"{path} is another kind of ViT") from None
-    marks = {"SemAIM": "query_blocks.", "MAE": "decoder_", "CLIP": "norm_pre.", "DINOv2": "blocks.0.ls1."}
-    kind = next((kind for kind, mark in marks.items() if any(n.startswith(mark) for n in [*found, *weights])), "ViT")
-    names = f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else ""
-    assumed = "; the file does not tell CLIP's activation, quick_gelu is assumed" if kind == "CLIP" else ""
-    part = part and f" from its part {part!r}"
-    return Weights(taken, f"{path} holds a {kind}: {len(taken)} tensors were taken{part} and {len(left_out)} left out"
-                          f"{names}{assumed}.", file.get("config"))
+    result, marks = Weights(taken), {"SemAIM": "query_b", "MAE": "decoder_", "CLIP": "norm_pre.", "DINOv2": "blocks.0.ls"}
+    kind = next((kind for kind, mark in marks.items() if any(n.startswith(mark) for n in [*found, *taken])), "ViT")
+    result.summary = (
+        f"{path} holds a {kind}: {len(taken)} tensors were taken{part and f' from its part {part!r}'} and "
+        f"{len(left_out)} left out" + (f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else "")
+        + ("; the file does not tell CLIP's activation, quick_gelu is assumed." if kind == "CLIP" else "."))
+    result.config = file.get("config", {})
+    return result
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -853,7 +853,7 @@ def test_bad_weight_files(tmp_path):
         assert said.startswith(str(path)) and "\n" not in said and re.search(message, said), (name, said)
         assert peak_memory() < before + 2**26, name
     assert not (tmp_path / "ran").exists() and len(files) > 40
-    for path, message in (("missing", "missing: no such file"), (".", "cannot be read: Is a directory")):
+    for path, message in (("nothing", "nothing: no such file"), (".", "cannot be read: Is a directory")):
         with pytest.raises(ValueError, match=message):
             semaim.load_weights(tmp_path / path)
     with pytest.raises(ValueError, match="vit.pt is no CLIP tower, but the target is 'clip'"):
