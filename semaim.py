@@ -248,9 +248,6 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
 
 
 # ---------------------------------------------------------------- orders (paper: Semantic-aware permutation) ----
-#
-# An order is a function: similarity (N, L) -> order (N, L) long, where order[n, t] is the index of the patch that is
-# predicted at step t. To try a new one, write such a function and pass it as SemAIM(order=function).
 
 
 def content_free(function: Callable) -> Callable:
@@ -314,11 +311,12 @@ ORDERS = {"semantic": semantic_order, "similarity": similarity_order, "stochasti
 def patch_order(kind, similarity: Tensor) -> Tensor:
     """Order the patches: similarity (N, L) -> order (N, L) long, where order[n, t] is the patch predicted at step t.
 
-    kind: a name in ORDERS or a function with their signature. Raises ValueError if the function returns another shape
-    or type; whether each row is a permutation is not checked, because that would make a GPU wait."""
+    kind: a name in ORDERS, or any function similarity -> order; to try a new order, write one and pass it. Raises
+    ValueError for another shape or type. That rows are permutations is not checked, because it would make a GPU wait."""
     if not callable(kind):
         _check("order", kind, ORDERS)
-    order = ORDERS.get(kind, kind)(similarity)
+        kind = ORDERS[kind]
+    order = kind(similarity)
     if not torch.is_tensor(order) or order.shape != similarity.shape or order.dtype != torch.long:
         found = f"{order.dtype} {tuple(order.shape)}" if torch.is_tensor(order) else type(order).__name__
         raise ValueError(f"order {getattr(kind, '__name__', kind)} must return torch.int64 {tuple(similarity.shape)}, "
@@ -445,7 +443,7 @@ class SemAIM(ViT):
         super().__init__(img_size, patch_size, dim, depth, heads)
         self.target, self.order, self.anchor, self.loss = target, order, anchor, loss
         self.norm_pix, self.blur = norm_pix, blur
-        self.needs_similarity = not getattr(ORDERS.get(order, order), "content_free", False)
+        self.needs_similarity = not getattr(order if callable(order) else ORDERS[order], "content_free", False)
         self.pos_embed.requires_grad_(False)
         self.query_blocks = nn.ModuleList(QueryBlock(dim, heads) for _ in range(query_depth))
         out = target_dim or (patch_size**2 * 3 if target == "pixel" else dim)
@@ -542,23 +540,21 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
-
-
 class CLIPTower(ViT):
-    """CLIP's image tower (Radford et al. 2021): a ViT with a norm before the blocks, LayerNorm eps 1e-5, a choice of
-    ACTIVATIONS, and a projection of every token; tokens() returns (N, 1+L, out)."""
+    """CLIP's image tower (Radford et al. 2021): a ViT with a norm before the blocks, LayerNorm eps 1e-5, activation
+    "gelu" or "quick_gelu", and a projection of every token; tokens() returns (N, 1+L, out)."""
 
     def __init__(self, img_size, patch_size, dim, depth, heads, out, activation="quick_gelu", registers=0):
         super().__init__(img_size, patch_size, dim, depth, heads, registers=registers)
-        _check("activation", activation, ACTIVATIONS)
+        activations = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+        _check("activation", activation, activations)
         self.norm_pre = nn.LayerNorm(dim)
         self.proj = nn.Linear(dim, out, bias=False)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5
             if isinstance(module, Mlp):
-                module.act = ACTIVATIONS[activation]
+                module.act = activations[activation]
 
     def with_cls(self, patches: Tensor) -> Tensor:
         return self.norm_pre(super().with_cls(patches))
@@ -571,8 +567,8 @@ class Teacher(nn.Module):
     """Frozen ViT: images (N, 3, H, W) of any size, normalised with ImageNet's statistics -> tokens (N, 1+L, C).
 
     Any callable with this signature can be the teacher: model(images, teacher_tokens=teacher(images)). Row 0 is CLS; a
-    model without CLS (SigLIP) may put anything there if the anchor is "gap". Attributes: width (C), grid (L = grid *
-    grid), summary (the file that load_teacher read, and what it made of it)."""
+    model without CLS (SigLIP) may put anything there if the anchor is "gap".
+    Attributes: width (C), grid (L = grid * grid), summary (sentences on the file that load_teacher read)."""
 
     def __init__(self, vit: ViT, summary: str = ""):
         super().__init__()
@@ -695,9 +691,9 @@ def _read_file(path):
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 root = next((name[:-13] for name in archive.namelist() if name.endswith("/constants.pkl")), None)
-                stored = [entry for entry in archive.infolist() if root is None or "/code/" not in entry.filename]
-                if sum(entry.file_size for entry in stored) > os.path.getsize(path):  # torch compresses only code
-                    raise ValueError("the archive is compressed")
+                stored = [entry for entry in archive.infolist() if not entry.filename.startswith(f"{root}code/")]
+                if sum(entry.file_size for entry in stored) > os.path.getsize(path):
+                    raise ValueError("the archive is compressed")  # torch compresses only code
                 if root is not None:
                     return _read_torchscript(archive, root)
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
@@ -714,18 +710,15 @@ def _read_file(path):
 
 # ---------------------------------------------------------------- weights in and out ----
 
-ENCODER = re.compile(r"(cls_token|pos_embed|register_tokens|patch_embed\.proj\.(weight|bias)|proj\.weight|"
-                     r"norm(_pre)?\.(weight|bias)|"
-                     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias))")
+ENCODER = re.compile(r"(cls_token|pos_embed|register_tokens|proj\.weight|(norm|norm_pre|patch_embed\.proj|"
+                     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.(weight|bias))")
 HEADS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
-LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # not used to compute the tokens
+LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # the encoder's tokens do not depend on these
 CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
     (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^conv1\.", "patch_embed.proj."),
     (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"),
     (r"^transformer\.resblocks\.", "blocks."), (r"\.ln_([12])\.", r".norm\1."), (r"\.in_proj_", ".qkv."),
     (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
-
-
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard deviation of ImageNet, then CLIP's
               (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -787,7 +780,7 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_vit(weights: dict[str, Tensor], left_out: list[str]):
-    """Raise ValueError if this file's ViT would not compute exactly what the weights were trained for."""
+    """Raise ValueError if a ViT of this file would not compute exactly what the weights were trained for."""
     for name, w in weights.items():
         if not w.isfinite().all():
             raise ValueError(f"is corrupt: {name} has values that are not finite")
@@ -830,12 +823,14 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
         raise ValueError(f"{path} {e}") from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError):  # unexpected shapes
         raise ValueError(f"{path} is another kind of ViT") from None
-    result, marks = Weights(taken), {"SemAIM": "query_b", "MAE": "decoder_", "CLIP": "norm_pre.", "DINOv2": "blocks.0.ls"}
+    marks = {"SemAIM": "query_blocks.", "MAE": "decoder_", "CLIP": "norm_pre.", "DINOv2": "blocks.0.ls1."}
     kind = next((kind for kind, mark in marks.items() if any(n.startswith(mark) for n in [*found, *taken])), "ViT")
-    result.summary = (
-        f"{path} holds a {kind}: {len(taken)} tensors were taken{part and f' from its part {part!r}'} and "
-        f"{len(left_out)} left out" + (f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else "")
-        + ("; the file does not tell CLIP's activation, quick_gelu is assumed." if kind == "CLIP" else "."))
+    names = f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else ""
+    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if kind == "CLIP" else ""
+    part = part and f" from its part {part!r}"
+    result = Weights(taken)
+    result.summary = (f"{path} holds a {kind}: {len(taken)} tensors were taken{part} and {len(left_out)} left out"
+                      f"{names}{activation}.")
     result.config = file.get("config", {})
     return result
 

@@ -791,12 +791,17 @@ def bad_files(folder):
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", zipfile.ZipFile(vit).read("vit/data.pkl"))
         archive.writestr("x/data/0", bytes(2**27))
+    memo = io.BytesIO()
+    with zipfile.ZipFile(memo, "w") as archive:  # a TorchScript archive whose pickle puts a dict at index 2^31 - 1
+        archive.writestr("x/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")
+        archive.writestr("x/constants.pkl", b"")
     twice = b'{"a":%s,"a":%s}' % (2 * (json.dumps(entry).encode(),))
     cut = {f"cut{i}": (whole[:random.Random(i).randrange(len(whole) - 1)], corrupt) for i in range(4)}
     cut |= {f"cut{i}.safetensors": (tensors[:random.Random(i).randrange(len(tensors) - 1)], corrupt) for i in range(4)}
     without = {name: w for name, w in good.items() if not name.startswith("blocks.0.")}
     return cut | {
         "text": (b"no weights", corrupt), "empty": (b"", corrupt), "bomb": (bomb.getvalue(), corrupt),
+        "memo": (memo.getvalue(), "holds no ViT with CLS"),
         "header": (tensors_file({}, length=2**60), corrupt), "nested": (tensors_file(b"[" * 10**6), corrupt),
         "list": (tensors_file(b'{"a": 1}'), corrupt), "twice": (tensors_file(twice, zeros), corrupt),
         "type": (tensors_file(dict(a=entry | dict(dtype="F8")), zeros), corrupt),
