@@ -240,11 +240,10 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
     anchor: "cls" compares with the CLS token, "gap" with the mean of the patch tokens. The third anchor, "attention",
     needs attention weights instead of tokens; see ViT.attention_map."""
     _check("anchor", anchor, ("cls", "gap"))
-    with torch.autocast(tokens.device.type, enabled=False):  # bf16 cosines have ties, and argmax takes the first patch
-        tokens = tokens.float()
-        patches = tokens[:, 1:]
-        centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
-        return F.cosine_similarity(centre, patches, dim=-1)
+    tokens = tokens.float()  # bf16 cosines would have ties, and argmax takes the first patch
+    patches = tokens[:, 1:]
+    centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
+    return F.cosine_similarity(centre, patches, dim=-1)
 
 
 # ---------------------------------------------------------------- orders (paper: Semantic-aware permutation) ----
@@ -312,7 +311,7 @@ def patch_order(kind, similarity: Tensor) -> Tensor:
     """Order the patches: similarity (N, L) -> order (N, L) long, where order[n, t] is the patch predicted at step t.
 
     kind: a name in ORDERS, or any function similarity -> order; to try a new order, write one and pass it. Raises
-    ValueError for another shape or type. That rows are permutations is not checked, because it would make a GPU wait."""
+    ValueError for another shape or type. Whether rows are permutations is not checked: a GPU would have to wait."""
     if not callable(kind):
         _check("order", kind, ORDERS)
         kind = ORDERS[kind]

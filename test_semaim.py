@@ -635,6 +635,8 @@ def timm_model(name, options):
             p.uniform_(0.5, 1.5)
         elif part != "head.bias":
             p.normal_(std=1 if part in ("cls_token", "reg_token", "pos_embed") else 0.05)
+        if part.startswith(("norm_pre.", "patch_embed.")) and "clip" in name:
+            p.mul_(0.01)  # small tokens, so that the eps of the norms matters
     return model
 
 
@@ -789,8 +791,8 @@ def bad_files(folder):
     corrupt = "is corrupt, or not a file of weights"
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("x/data.pkl", zipfile.ZipFile(vit).read("vit/data.pkl"))
-        archive.writestr("x/data/0", bytes(2**27))
+        archive.writestr("x/data.pkl", bytes(2**27))
+        archive.writestr("x/version", "3")
     memo = io.BytesIO()
     with zipfile.ZipFile(memo, "w") as archive:  # a TorchScript archive whose pickle puts a dict at index 2^31 - 1
         archive.writestr("x/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")
