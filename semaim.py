@@ -1,21 +1,24 @@
 """SemAIM: semantic-aware autoregressive image modeling (Song, Zhang, Wang, AAAI 2024, arXiv:2312.10457).
 
-An image has no natural order, so SemAIM gives it one: the patch that looks most like the whole image comes first,
-and the others follow by their distance from it. A vision transformer learns by predicting each patch, its pixels or
-a teacher's feature of it, from the patches that come before it.
+SemAIM orders the patches of each image: the patch that is most similar to the whole image comes first, and the others
+follow by their distance from it. A vision transformer learns by predicting each patch, its pixels or a teacher's
+features of it, from the patches before it in that order.
 
     images -> ViT without a mask -> similarity_map -> patch_order -> order
-    images -> patch embedding, taken in that order -> content stream (causal self-attention)
-    positions alone,           taken in that order -> query stream (causal cross-attention to the content)
+    images -> patch embedding, sorted by the order -> content stream (causal self-attention)
+    positions,                 sorted by the order -> query stream (causal cross-attention to the content)
     query stream -> prediction head -> loss against pixel_target or a teacher's features
 
-This one file needs torch and einops only. The sections stand in the order in which the data flows.
+This file needs only torch and einops. Its sections follow the flow of the data.
 Shapes: N images, L = grid * grid patches, D width, C channels; token 0 is [CLS].
 """
 import argparse
+import functools
+import json
 import math
+import os
+import pickle
 import re
-import warnings
 import zipfile
 from typing import Callable, NamedTuple, Optional
 
@@ -38,28 +41,30 @@ ANCHORS = ("cls", "gap", "attention")
 TARGETS = ("pixel", "dino", "clip", "ema")
 
 
-def _check(flag: str, value, choices):
+def _check(name: str, value, choices):
     if value not in choices:
-        raise ValueError(f"{flag} {value!r} is unknown: choose from {', '.join(choices)}")
+        raise ValueError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------- patches and positions (paper: Preliminary) ----
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Images (N, C, H, W) -> patches (N, L, p*p*C): row by row, and (row, column, channel) within a patch."""
+    """Cut images (N, C, H, W) into patches (N, L, p*p*C), row by row; within a patch: (row, column, channel)."""
     return rearrange(images, "n c (h p) (w q) -> n (h w) (p q c)", p=patch_size, q=patch_size)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """Inverse of patchify on a square grid: patches (N, L, p*p*C) -> images (N, C, H, H)."""
+    """Invert patchify on a square grid: patches (N, L, p*p*C) -> images (N, C, H, H)."""
     grid = math.isqrt(patches.shape[1])
     return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=grid, p=patch_size, q=patch_size)
 
 
 def sincos_pos_embed(dim: int, grid: int) -> Tensor:
-    """Fixed 2-D sin-cos positions (1, 1 + grid*grid, dim): zeros for CLS, then half of the channels for the patch's
-    column and half for its row, each [sin, cos] of the position times 10000^(-k / (dim/4))."""
+    """Compute fixed 2-D sin-cos position embeddings (1, 1 + grid*grid, dim).
+
+    CLS gets zeros. Half of a patch's channels encode its column and half its row, each as [sin, cos] of the position
+    times 10000^(-k / (dim/4))."""
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim/2), the same for rows and columns
@@ -69,7 +74,7 @@ def sincos_pos_embed(dim: int, grid: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Images (N, 3, H, W) -> patch tokens (N, L, D): one linear map for every patch, stored as a convolution."""
+    """Embed each patch with the same linear map, stored as a convolution: images (N, 3, H, W) -> tokens (N, L, D)."""
 
     def __init__(self, patch_size: int, dim: int):
         super().__init__()
@@ -83,17 +88,17 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
-    """Multi-head attention: q (N, h, Q, d), k and v (N, h, K, d) -> (N, Q, h*d).
+    """Compute multi-head attention: q (N, h, Q, d), k and v (N, h, K, d) -> (N, Q, h*d).
 
-    mask: None (all see all), "causal" (query t sees keys 0..t; FlashAttention needs no tensor for it), or bool
-    (N, Q, K), True = may attend."""
+    mask: None (every query attends to every key), "causal" (query t attends to keys 0..t, without a mask tensor), or
+    bool (N, Q, K), True = may attend."""
     causal = isinstance(mask, str)
     bias = None if causal or mask is None else mask[:, None]
     return rearrange(F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal), "n h t d -> n t (h d)")
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, tokens (N, T, D) -> (N, T, D)."""
+    """Multi-head self-attention: tokens (N, T, D) -> (N, T, D)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -102,7 +107,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def split(self, x: Tensor):
-        """Tokens (N, T, D) -> q, k, v, each (N, h, T, D/h)."""
+        """Project tokens (N, T, D) to q, k and v, each (N, h, T, D/h)."""
         return rearrange(self.qkv(x), "n t (three h d) -> three n h t d", three=3, h=self.heads)
 
     def forward(self, x: Tensor, mask=None) -> Tensor:
@@ -110,7 +115,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """(..., dim) -> (..., out), one hidden layer with GELU."""
+    """MLP with one hidden layer and GELU: (..., dim) -> (..., out)."""
 
     def __init__(self, dim: int, hidden: int, out: int):
         super().__init__()
@@ -123,7 +128,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, tokens (N, T, D) -> (N, T, D). drop_path: chance that a sample skips a branch."""
+    """Pre-norm transformer block: tokens (N, T, D) -> (N, T, D). drop_path: how often a sample skips a branch."""
 
     def __init__(self, dim: int, heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -145,27 +150,30 @@ class Block(nn.Module):
 
 
 def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
-    """Tokens (N, 1+L, D) -> features (N, D): "cls", or "mean" of the patches."""
+    """Pool tokens (N, 1+L, D) to features (N, D): the CLS token ("cls") or the mean of the patches ("mean")."""
     return (tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)).float()
 
 
 class ViT(nn.Module):
-    """Vision transformer: images (N, 3, H, W) -> pooled features (N, D), or logits (N, num_classes) if there are
-    classes. pool "cls": CLS after `norm`; "mean": mean of the patch tokens, then `fc_norm` in place of `norm`."""
+    """Vision transformer: images (N, 3, H, W) -> pooled features (N, D), or logits if num_classes is not 0.
+
+    pool: "cls" takes CLS after `norm`; "mean" averages the patch tokens and applies `fc_norm` in place of `norm`.
+    registers: number of DINOv2's register tokens, which have no position and stand after CLS. Raises ValueError."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, num_classes=0, pool="cls",
-                 drop_path=0.0):
+                 drop_path=0.0, registers=0):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         if dim % 4 or dim % heads:
             raise ValueError(f"dim {dim} must be a multiple of 4 and of heads {heads}")
         _check("pool", pool, ("cls", "mean"))
-        self.img_size, self.patch_size, self.pool = img_size, patch_size, pool
-        self.grad_checkpointing = False  # True: blocks keep their inputs alone and are computed again for the gradient
+        self.img_size, self.patch_size, self.pool, self.registers = img_size, patch_size, pool, registers
+        self.grad_checkpointing = False  # True: keep only the input of each block and recompute the rest for gradients
         self.patch_embed = PatchEmbed(patch_size, dim)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size))
+        self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 0.02) if registers else None
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
@@ -176,46 +184,50 @@ class ViT(nn.Module):
     @staticmethod
     def _init(module: nn.Module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten is a view: the convolution is seen as a linear
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten is a view; treats the convolution as a linear
             nn.init.zeros_(module.bias)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) -> patch tokens with their positions (N, L, D); no CLS yet."""
+        """Embed the patches and add their positions: images (N, 3, H, W) -> (N, L, D), without CLS."""
         if images.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"images have {tuple(images.shape[-2:])} pixels, the model's img_size is {self.img_size}")
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def with_cls(self, patches: Tensor) -> Tensor:
-        """Patch tokens (N, T, D) -> (N, 1+T, D) with CLS and its position in front."""
-        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1), patches], dim=1)
+        """Put CLS, with its position, and the register tokens in front: (N, T, D) -> (N, 1 + registers + T, D)."""
+        front = self.cls_token + self.pos_embed[:, :1]
+        if self.registers:
+            front = torch.cat([front, self.register_tokens], dim=1)
+        return torch.cat([front.expand(len(patches), -1, -1), patches], dim=1)
 
     def _run(self, block: nn.Module, *inputs) -> Tensor:
-        """block(*inputs), with grad_checkpointing or without."""
+        """Call block(*inputs), with or without grad_checkpointing."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) -> tokens (N, 1+L, D) after the final norm; every token sees the whole image."""
+        """Encode images (N, 3, H, W) without a mask -> tokens (N, 1+L, D) after the final norm, without registers."""
         x = self.with_cls(self.embed(images))
         for block in self.blocks:
             x = self._run(block, x)
-        return self.norm(x)
+        x = self.norm(x)
+        return torch.cat([x[:, :1], x[:, 1 + self.registers:]], dim=1) if self.registers else x
 
     def attention_map(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) -> (N, L): what CLS pays to each patch in the last block, mean over the heads."""
+        """Compute the last block's attention from CLS to each patch, averaged over heads: (N, 3, H, W) -> (N, L)."""
         x = self.with_cls(self.embed(images))
         for block in self.blocks[:-1]:
             x = block(x)
         q, k, _ = self.blocks[-1].attn.split(self.blocks[-1].norm1(x))
         with torch.autocast(images.device.type, enabled=False):  # fp32, as in similarity_map
             weights = q[:, :, :1].float() @ k.float().mT / math.sqrt(q.shape[-1])  # only CLS as a query
-            return weights.softmax(-1)[:, :, 0, 1:].mean(1)
+            return weights.softmax(-1)[:, :, 0, 1 + self.registers:].mean(1)
 
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tokens(images)
         features = self.fc_norm(pool_tokens(tokens, self.pool))
-        with torch.autocast(images.device.type, enabled=False):  # in bf16, the logits of many classes would tie
+        with torch.autocast(images.device.type, enabled=False):  # bf16 logits of many classes have ties
             return self.head(features)
 
 
@@ -228,17 +240,13 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
     anchor: "cls" compares with the CLS token, "gap" with the mean of the patch tokens. The third anchor, "attention",
     needs attention weights instead of tokens; see ViT.attention_map."""
     _check("anchor", anchor, ("cls", "gap"))
-    with torch.autocast(tokens.device.type, enabled=False):  # bf16 cosines have ties, and argmax takes the first patch
-        tokens = tokens.float()
-        patches = tokens[:, 1:]
-        centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
-        return F.cosine_similarity(centre, patches, dim=-1)
+    tokens = tokens.float()  # bf16 cosines would have ties, and argmax takes the first patch
+    patches = tokens[:, 1:]
+    centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
+    return F.cosine_similarity(centre, patches, dim=-1)
 
 
 # ---------------------------------------------------------------- orders (paper: Semantic-aware permutation) ----
-#
-# An order is a function: similarity (N, L) -> order (N, L) long, where order[n, t] is the index of the patch that is
-# predicted at step t. To try a new one, write such a function and pass it as SemAIM(order=function).
 
 
 def content_free(function: Callable) -> Callable:
@@ -247,27 +255,26 @@ def content_free(function: Callable) -> Callable:
     return function
 
 
-def grid_positions(similarity: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return row (L,) and column (L,) of each patch and the grid size. Raises ValueError if the grid is not square."""
-    length = similarity.shape[1]
-    grid = math.isqrt(length)
-    if grid * grid != length:
-        raise ValueError(f"{length} patches do not form a square grid")
-    index = torch.arange(length, device=similarity.device)
-    return index // grid, index % grid, grid
+def grid_positions(similarity: Tensor) -> Tensor:
+    """Return the (row, column) of each patch, (L, 2). Raises ValueError if the patches do not form a square grid."""
+    grid = math.isqrt(similarity.shape[1])
+    if grid * grid != similarity.shape[1]:
+        raise ValueError(f"{similarity.shape[1]} patches do not form a square grid")
+    line = torch.arange(grid, device=similarity.device)
+    return torch.cartesian_prod(line, line)
 
 
 def ascending(score: Tensor) -> Tensor:
-    """Sort patches by their scores (N, L), whole numbers, lowest first -> order (N, L); ties are in random order."""
-    # The noise is below 1/2, so it cannot change the order of different whole numbers.
+    """Sort the patches by score (N, L), whole numbers, lowest first -> order (N, L); ties are in random order."""
+    # Noise below 1/2 does not change the order of different whole numbers.
     return (score + 0.5 * torch.rand(score.shape, device=score.device)).argsort(dim=1)
 
 
 def semantic_order(similarity: Tensor) -> Tensor:
     """Order patches by their distance on the grid from the most similar patch. This is the paper's order."""
-    row, column, grid = grid_positions(similarity)
-    centre = similarity.argmax(dim=1, keepdim=True)
-    return ascending((row - centre // grid) ** 2 + (column - centre % grid) ** 2)  # squares are whole numbers
+    position = grid_positions(similarity)
+    centre = position[similarity.argmax(dim=1)]  # (N, 2)
+    return ascending((position - centre[:, None]).square().sum(-1))  # squared distances are whole numbers
 
 
 def similarity_order(similarity: Tensor) -> Tensor:
@@ -291,8 +298,8 @@ def raster_order(similarity: Tensor) -> Tensor:
 @content_free
 def center_order(similarity: Tensor) -> Tensor:
     """Order patches in square rings from the centre of the image outwards."""
-    row, column, grid = grid_positions(similarity)
-    ring = torch.maximum((2 * row - grid + 1).abs(), (2 * column - grid + 1).abs())
+    position = grid_positions(similarity)
+    ring = (2 * position - position[-1]).abs().amax(-1)
     return ascending(ring.expand(len(similarity), -1))
 
 
@@ -300,25 +307,19 @@ ORDERS = {"semantic": semantic_order, "similarity": similarity_order, "stochasti
           "raster": raster_order, "center": center_order}
 
 
-def order_function(kind) -> Callable:
-    """Return the function of an order: kind is a name in ORDERS or already a function. Raises ValueError."""
-    if not callable(kind):
-        _check("order", kind, ORDERS)
-    return kind if callable(kind) else ORDERS[kind]
-
-
 def patch_order(kind, similarity: Tensor) -> Tensor:
     """Order the patches: similarity (N, L) -> order (N, L) long, where order[n, t] is the patch predicted at step t.
 
-    kind: a name in ORDERS, or a function with the same signature. Raises ValueError if the name is unknown or if the
-    function returns another shape or type. That each row is a permutation is not checked: on a GPU, the check would
-    wait for the device."""
-    function = order_function(kind)
-    order = function(similarity)
+    kind: a name in ORDERS, or any function similarity -> order; to try a new order, write one and pass it. Raises
+    ValueError for another shape or type. Whether rows are permutations is not checked: a GPU would have to wait."""
+    if not callable(kind):
+        _check("order", kind, ORDERS)
+        kind = ORDERS[kind]
+    order = kind(similarity)
     if not torch.is_tensor(order) or order.shape != similarity.shape or order.dtype != torch.long:
         found = f"{order.dtype} {tuple(order.shape)}" if torch.is_tensor(order) else type(order).__name__
-        raise ValueError(f"order {getattr(function, '__name__', function)} must return torch.int64 "
-                         f"{tuple(similarity.shape)}, but it returns {found}")
+        raise ValueError(f"order {getattr(kind, '__name__', kind)} must return torch.int64 {tuple(similarity.shape)}, "
+                         f"but it returns {found}")
     return order
 
 
@@ -326,19 +327,19 @@ def patch_order(kind, similarity: Tensor) -> Tensor:
 
 
 def autoregressive_masks(order: Tensor) -> tuple[Tensor, Tensor]:
-    """Order (N, L) -> content mask (N, 1+L, 1+L) and query mask (N, L, 1+L), bool, True = may attend.
+    """Build the two attention masks: order (N, L) -> content (N, 1+L, 1+L), query (N, L, 1+L), True = may attend.
 
-    Rows (who looks) and columns (at whom) stand in raster order with CLS first. A content token sees itself, CLS and
-    the patches before it; a query sees CLS and the patches before it, never its own; CLS sees itself alone."""
+    Rows (queries) and columns (keys) are in raster order with CLS first. A content token attends to itself, CLS and the
+    patches before it; a query attends to CLS and the patches before it, not to itself; CLS attends only to itself."""
     rank = order.argsort(dim=1)  # rank[n, i] = step at which patch i is predicted
-    rank = F.pad(rank, (1, 0), value=-1)  # CLS comes before all
+    rank = F.pad(rank, (1, 0), value=-1)  # CLS comes first
     content = rank[:, None, :] <= rank[:, :, None]
     query = rank[:, None, :] < rank[:, 1:, None]
     return content, query
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """x (N, L, D), index (N, T) -> (N, T, D): x[n, index[n, t]]."""
+    """Gather x[n, index[n, t]]: x (N, L, D), index (N, T) -> (N, T, D)."""
     return torch.take_along_dim(x, index[..., None], dim=1)
 
 
@@ -346,7 +347,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Queries (N, Q, D) read from content (N, K, D) -> (N, Q, D)."""
+    """Multi-head cross-attention: query (N, Q, D), content (N, K, D) -> (N, Q, D)."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -361,7 +362,7 @@ class CrossAttention(nn.Module):
 
 
 class QueryBlock(nn.Module):
-    """Decoder block: query (N, Q, D), content (N, K, D) -> query (N, Q, D). One norm1 serves both streams."""
+    """Decoder block: query (N, Q, D), content (N, K, D) -> query (N, Q, D). Both streams share norm1."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -379,7 +380,7 @@ class QueryBlock(nn.Module):
 
 
 def gaussian_blur(images: Tensor, kernel_size: int = 9, sigma: float = 1.0) -> Tensor:
-    """Images (N, C, H, W) -> the same shape, each channel smoothed with a Gaussian; zeros beyond the border."""
+    """Blur each channel of images (N, C, H, W) with a Gaussian and zero padding -> (N, C, H, W)."""
     x = torch.arange(kernel_size, device=images.device, dtype=images.dtype) - kernel_size // 2
     line = torch.exp(-(x**2) / (2 * sigma**2))
     line = (line / line.sum()).expand(images.shape[1], 1, 1, -1)
@@ -389,8 +390,8 @@ def gaussian_blur(images: Tensor, kernel_size: int = 9, sigma: float = 1.0) -> T
 
 @torch.no_grad()
 def pixel_target(images: Tensor, patch_size: int, blur: bool = True, norm_pix: bool = True) -> Tensor:
-    """Normalised images (N, C, H, W) -> (N, L, p*p*C): blurred, patchified, each patch to mean 0 and variance 1."""
-    with torch.autocast(images.device.type, enabled=False):  # a target in half precision would be a noisy one
+    """Blur and patchify images (N, C, H, W), and normalise each patch to mean 0 and variance 1 -> (N, L, p*p*C)."""
+    with torch.autocast(images.device.type, enabled=False):  # half precision would add noise to the target
         target = patchify(gaussian_blur(images) if blur else images, patch_size)
         if norm_pix:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -398,14 +399,14 @@ def pixel_target(images: Tensor, patch_size: int, blur: bool = True, norm_pix: b
 
 
 def pixel_loss(prediction: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
-    """(N, L, K) twice -> (N, L): mean squared ("l2") or mean absolute ("l1") error of each patch."""
+    """Compute the mean squared ("l2") or absolute ("l1") error of each patch: two times (N, L, K) -> (N, L)."""
     _check("loss", kind, ("l2", "l1"))
     difference = prediction.float() - target
     return (difference**2 if kind == "l2" else difference.abs()).mean(-1)
 
 
 def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """(N, L, C) twice -> (N, L): squared distance of the two unit vectors, 2 - 2 cos, of each patch."""
+    """Compute the squared distance of the unit vectors, 2 - 2 cos, of each patch: two times (N, L, C) -> (N, L)."""
     return (F.normalize(prediction.float(), dim=-1) - F.normalize(target.float(), dim=-1)).square().sum(-1)
 
 
@@ -413,32 +414,35 @@ def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class Output(NamedTuple):
-    """What a SemAIM forward returns; maps and prediction in raster order, whatever the order of prediction was."""
+    """Result of SemAIM.forward; maps and prediction are in raster order."""
     loss: Tensor                  # scalar, mean of loss_map
     loss_map: Tensor              # (N, L)
     order: Tensor                 # (N, L), order[n, t] = index of the patch predicted at step t
-    similarity: Optional[Tensor]  # (N, L); None where the order was given or looks at no content
+    similarity: Optional[Tensor]  # (N, L), the map that decided the order, or None
     prediction: Tensor            # (N, L, target_dim)
 
 
 class SemAIM(ViT):
-    """A ViT that predicts each patch from the patches before it: images (N, 3, H, W) -> Output.
+    """ViT with a second stream that predicts each patch from the patches before it: images (N, 3, H, W) -> Output.
 
-    query_depth: blocks of the second stream, one after every depth/query_depth encoder blocks.
-    target "pixel" is computed here; with "dino", "clip" or "ema", pass the teacher's features (N, L, target_dim), and
-    the order in its eyes: patch_order("semantic", similarity_map(teacher_tokens)); without it the student orders."""
+    query_depth: blocks of the second stream, one after every depth / query_depth encoder blocks. order: a name in
+    ORDERS or a function. target: "pixel", or the teacher whose features, with target_dim channels, are predicted.
+    head: the prediction head, "mlp" or "linear". Raises ValueError."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
                  target_dim=None, order="semantic", anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp"):
-        for flag, value, choices in (("target", target, TARGETS), ("anchor", anchor, ANCHORS),
-                                     ("loss", loss, ("l2", "l1")), ("head", head, ("mlp", "linear"))):
-            _check(flag, value, choices)
+        _check("target", target, TARGETS)
+        _check("anchor", anchor, ANCHORS)
+        _check("loss", loss, ("l2", "l1"))
+        _check("head", head, ("mlp", "linear"))
+        if not callable(order):
+            _check("order", order, ORDERS)
         if not query_depth or depth % query_depth:
             raise ValueError(f"query_depth {query_depth} does not divide depth {depth}")
         super().__init__(img_size, patch_size, dim, depth, heads)
         self.target, self.order, self.anchor, self.loss = target, order, anchor, loss
         self.norm_pix, self.blur = norm_pix, blur
-        self.needs_similarity = not getattr(order_function(order), "content_free", False)
+        self.needs_similarity = not getattr(order if callable(order) else ORDERS[order], "content_free", False)
         self.pos_embed.requires_grad_(False)
         self.query_blocks = nn.ModuleList(QueryBlock(dim, heads) for _ in range(query_depth))
         out = target_dim or (patch_size**2 * 3 if target == "pixel" else dim)
@@ -448,35 +452,33 @@ class SemAIM(ViT):
 
     @torch.no_grad()
     def similarity(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) -> similarity (N, L) of each patch with the whole, in the model's own eyes."""
+        """Compute the similarity of each patch with the whole image by an unmasked pass: (N, 3, H, W) -> (N, L)."""
         device = images.device.type
-        # No cache: up to torch 2.6 at least, autocast would hand the weights that it cast here, where there is no
-        # gradient, to the forward pass that needs one.
+        # No cache: the forward pass would reuse the weights that autocast casts here without gradient (torch <= 2.6).
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
             if self.anchor == "attention":
                 return self.attention_map(images)
             return similarity_map(self.tokens(images), self.anchor)
 
     def predict(self, images: Tensor, order: Tensor) -> Tensor:
-        """Images (N, 3, H, W), order (N, L) -> prediction (N, L, target_dim) in raster order.
+        """Predict every patch: images (N, 3, H, W), order (N, L) -> (N, L, target_dim) in raster order.
 
-        With the patches taken in order, "sees CLS and the patches before it" is plain causal attention: content is
-        [CLS, 1st, ..., (L-1)th patch], and query t, which predicts the t-th patch, sees content 0..t (counted from
-        0). The last patch is missing, for nobody looks at it; so both streams are L long, as causal attention wants."""
+        With the patches sorted by the order, "CLS and the patches before it" is plain causal attention: content is
+        [CLS, patch 0, ..., patch L-2], and query t, which predicts patch t, attends to content 0..t. No query attends
+        to the last patch, so it is left out; both streams then have length L."""
         content = self.with_cls(take(self.embed(images), order[:, :-1]))
         query = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), order)
         query = self._streams(content, query, "causal", "causal")
         return self._predict(take(query, order.argsort(dim=1)))
 
     def predict_masked(self, images: Tensor, order: Tensor) -> Tensor:
-        """The same as the paper draws it: patches stay where they are, two masks say who sees whom. For reading and
-        for proof; it is slower."""
+        """Compute the same as predict with the paper's two masks instead of sorting. Slower; used to verify predict."""
         content = self.with_cls(self.embed(images))
         query = self.pos_embed[:, 1:].expand(len(images), -1, -1)
         return self._predict(self._streams(content, query, *autoregressive_masks(order)))
 
     def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
-        """Content (N, K, D), query (N, L, D), masks as in attend -> query (N, L, D) after the last block."""
+        """Run both streams, with masks as in attend: content (N, K, D), query (N, L, D) -> last query (N, L, D)."""
         every = len(self.blocks) // len(self.query_blocks)
         for i, block in enumerate(self.blocks):
             content = self._run(block, content, content_mask)
@@ -488,7 +490,7 @@ class SemAIM(ViT):
         return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
 
     def _choose_order(self, images: Tensor, teacher_tokens: Optional[Tensor], similarity: Optional[Tensor]):
-        """Return the order (N, L) and the similarity (N, L) that decided it, or None if the order needs none."""
+        """Return the order (N, L) and the similarity (N, L) that decided it, None if the order needs none."""
         if not self.needs_similarity:
             return patch_order(self.order, images.new_zeros(len(images), self.pos_embed.shape[1] - 1)), None
         if similarity is None and teacher_tokens is None:
@@ -496,27 +498,18 @@ class SemAIM(ViT):
         elif similarity is None:
             if self.anchor == "attention":
                 raise ValueError("anchor 'attention' cannot be computed from teacher_tokens: pass similarity=(N, L), "
-                                 "for example Teacher.attention_map(images)")
+                                 "for example teacher.attention_map(images)")
             similarity = similarity_map(teacher_tokens, self.anchor)
         return patch_order(self.order, similarity), similarity
-
-    def _choose_target(self, images: Tensor, teacher_tokens: Optional[Tensor]) -> Tensor:
-        """Return the pixel target, or the teacher's patch tokens."""
-        if self.target == "pixel":
-            return pixel_target(images, self.patch_size, self.blur, self.norm_pix)
-        if teacher_tokens is None:
-            raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens=(N, 1+L, C) "
-                             "or target=(N, L, C)")
-        return teacher_tokens[:, 1:]
 
     def forward(self, images: Tensor, order: Optional[Tensor] = None, target: Optional[Tensor] = None,
                 teacher_tokens: Optional[Tensor] = None, similarity: Optional[Tensor] = None,
                 masked: bool = False) -> Output:
         """Predict every patch of images (N, 3, H, W) and compare with the target -> Output.
 
-        order (N, L): if not given, it is computed from `similarity` (N, L), else from teacher_tokens (N, 1+L, C), else
-        from the model's own unmasked pass. target (N, L, C): if not given, it is the pixel target, or the teacher's
-        patch tokens. masked: compute the predictions with predict_masked. Raises ValueError if a shape does not fit."""
+        order (N, L): if None, computed from similarity (N, L), else from teacher_tokens (N, 1+L, C), else from the
+        model's own unmasked pass. target (N, L, C): if None, the pixel target or the teacher's patch tokens.
+        masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
         if order is None:
             order, similarity = self._choose_order(images, teacher_tokens, similarity)
         else:
@@ -524,8 +517,12 @@ class SemAIM(ViT):
         if order.shape != (len(images), self.pos_embed.shape[1] - 1):
             raise ValueError(f"the order of the patches is {tuple(order.shape)}, but the images have "
                              f"{(len(images), self.pos_embed.shape[1] - 1)} patches")
-        if target is None:
-            target = self._choose_target(images, teacher_tokens)
+        if target is None and self.target == "pixel":
+            target = pixel_target(images, self.patch_size, self.blur, self.norm_pix)
+        elif target is None:
+            if teacher_tokens is None:
+                raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens or target")
+            target = teacher_tokens[:, 1:]
         prediction = (self.predict_masked if masked else self.predict)(images, order)
         if target.shape != prediction.shape:
             raise ValueError(f"the target is {tuple(target.shape)}, but the prediction is {tuple(prediction.shape)}")
@@ -538,24 +535,25 @@ class SemAIM(ViT):
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's approximation of GELU."""
+    """Compute OpenAI's approximation of GELU."""
     return x * torch.sigmoid(1.702 * x)
 
 
 class CLIPTower(ViT):
-    """CLIP's image tower (Radford et al. 2021): a ViT, but with no bias in the patch embedding, a norm before the
-    blocks, QuickGELU, LayerNorm eps 1e-5, and a projection of every token. tokens: (N, 3, H, W) -> (N, 1+L, out)."""
+    """CLIP's image tower (Radford et al. 2021): a ViT with a norm before the blocks, LayerNorm eps 1e-5, activation
+    "gelu" or "quick_gelu", and a projection of every token; tokens() returns (N, 1+L, out)."""
 
-    def __init__(self, img_size, patch_size, dim, depth, heads, out):
-        super().__init__(img_size, patch_size, dim, depth, heads)
-        self.patch_embed.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size, bias=False)
+    def __init__(self, img_size, patch_size, dim, depth, heads, out, activation="quick_gelu", registers=0):
+        super().__init__(img_size, patch_size, dim, depth, heads, registers=registers)
+        activations = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+        _check("activation", activation, activations)
         self.norm_pre = nn.LayerNorm(dim)
         self.proj = nn.Linear(dim, out, bias=False)
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5
             if isinstance(module, Mlp):
-                module.act = quick_gelu
+                module.act = activations[activation]
 
     def with_cls(self, patches: Tensor) -> Tensor:
         return self.norm_pre(super().with_cls(patches))
@@ -565,33 +563,39 @@ class CLIPTower(ViT):
 
 
 class Teacher(nn.Module):
-    """Freezes the ViT it is given: images (N, 3, H, W), normalised as ImageNet's, of any size -> tokens (N, 1+L, C)."""
+    """Frozen ViT: images (N, 3, H, W) of any size, normalised with ImageNet's statistics -> tokens (N, 1+L, C).
 
-    def __init__(self, vit: ViT, clip: bool = False):
+    Any callable with this signature can be the teacher: model(images, teacher_tokens=teacher(images)). Row 0 is CLS; a
+    model without CLS (SigLIP) may put anything there if the anchor is "gap".
+    Attributes: width (C), grid (L = grid * grid), summary (sentences on the file that load_teacher read)."""
+
+    def __init__(self, vit: ViT, summary: str = ""):
         super().__init__()
-        self.vit = vit.eval().requires_grad_(False)
-        # CLIP was trained on images normalised in its own way: x -> (x * std + mean - clip_mean) / clip_std.
-        mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
-        own_mean = torch.tensor((0.48145466, 0.4578275, 0.40821073)) if clip else mean
-        own_std = torch.tensor((0.26862954, 0.26130258, 0.27577711)) if clip else std
-        self.register_buffer("scale", (std / own_std).view(3, 1, 1), persistent=False)
-        self.register_buffer("shift", ((mean - own_mean) / own_std).view(3, 1, 1), persistent=False)
+        self.vit, self.summary = vit.eval().requires_grad_(False), summary
+        self.width = vit.proj.out_features if isinstance(vit, CLIPTower) else vit.cls_token.shape[-1]
         self.grid = vit.img_size // vit.patch_size
-        self.width = vit.proj.out_features if clip else vit.cls_token.shape[-1]  # C
 
     def train(self, mode: bool = True):
-        return super().train(False)  # whatever the student does
+        return super().train(False)  # the student's train() must not change the teacher
+
+    def _resize(self, images: Tensor) -> Tensor:
+        size = (self.vit.img_size, self.vit.img_size)
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size=size, mode="bicubic", antialias=True)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        size = (self.vit.img_size, self.vit.img_size)
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
-        return self.vit.tokens(images * self.scale + self.shift)
+        return self.vit.tokens(self._resize(images))
+
+    @torch.no_grad()
+    def attention_map(self, images: Tensor) -> Tensor:
+        """Compute the similarity of anchor "attention": images (N, 3, H, W) -> (N, L). See ViT.attention_map."""
+        return self.vit.attention_map(self._resize(images))
 
 
 def ema_teacher(model: ViT) -> Teacher:
-    """A teacher that starts as the model's encoder and follows it: ema_update."""
+    """Copy the model's encoder into a teacher, which ema_update then changes."""
     weights = encoder_weights(model.state_dict())
     vit = vit_like(weights, heads=model.blocks[0].attn.heads)
     vit.load_state_dict(weights)
@@ -600,129 +604,287 @@ def ema_teacher(model: ViT) -> Teacher:
 
 @torch.no_grad()
 def ema_update(teacher: Teacher, model: ViT, decay: float):
-    """Every weight of the teacher <- decay * its own + (1 - decay) * the model's."""
+    """Update every weight of the teacher: decay * its value + (1 - decay) * the model's."""
     weights = dict(model.named_parameters())
     for name, weight in teacher.vit.named_parameters():
         weight.lerp_(weights[name], 1 - decay)
 
 
+# ---------------------------------------------------------------- reading files of weights ----
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+
+
+def _read_safetensors(path) -> dict[str, Tensor]:
+    """Read a .safetensors file: 8 bytes with the header's length, the header (JSON), then the tensors without gaps."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, 2**24):  # 16 MiB is far more than any ViT needs
+            raise ValueError("the header is too long")
+        header = json.loads(file.read(length), object_pairs_hook=list)  # lists of pairs show names that occur twice
+    entries = {name: dict(entry) for name, entry in header if name != "__metadata__"}
+    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
+    weights, end = {}, 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        whole = all(type(number) is int and 0 <= number <= size for number in (*shape, start, stop)) and len(shape) < 9
+        if not whole or start != end or stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} does not fit its offsets")
+        weights[name], end = data[start:stop].clone().view(dtype).view(shape), stop  # a copy is aligned
+    if end != len(data) or len(dict(header)) < len(header):
+        raise ValueError("the tensors do not fill the file, or a name occurs twice")
+    return weights
+
+
+class _Module(dict):
+    """Object of a TorchScript archive, reduced to its attributes."""
+
+    def __setstate__(self, state):
+        self.update(state if isinstance(state, dict) else {})
+
+
+class _ScriptUnpickler(pickle._Unpickler):  # the Python class; the C one allocates any memo index that a file names
+    """Read the modules of a TorchScript archive as nested dicts, without running or importing what the file names."""
+
+    def persistent_load(self, pid) -> Tensor:
+        _, dtype, key, _, _ = pid
+        return torch.frombuffer(self.storage(key), dtype=dtype)
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__") or (module, name) == ("collections", "OrderedDict"):
+            return _Module
+        if module == "torch" and name.endswith("Storage"):  # as HalfStorage: its data type
+            return getattr(torch, name[:-len("Storage")].lower())
+        if module == "torch.jit._pickle":  # a list or dict with the type of its items
+            return lambda value, *_: value
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
+        raise ValueError(f"GLOBAL {module}.{name}")
+
+
+def _read_torchscript(archive: zipfile.ZipFile, root: str) -> dict[str, Tensor]:
+    """Read the tensors of a TorchScript archive under their dotted names."""
+    unpickler = _ScriptUnpickler(archive.open(f"{root}data.pkl"))
+    unpickler.storage = functools.cache(lambda key: bytearray(archive.read(f"{root}data/{key}")))
+    weights, todo, seen = {}, [("", unpickler.load())], set()
+    while todo:
+        prefix, item = todo.pop()
+        if torch.is_tensor(item):
+            weights[prefix[1:]] = item
+        elif isinstance(item, dict) and id(item) not in seen:
+            seen.add(id(item))
+            todo += [(f"{prefix}.{name}", value) for name, value in item.items()]
+    return weights
+
+
+def _read_file(path):
+    """Read a file of weights of any format; nothing in it is run. Raises ValueError, one line."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[8:] == b"{":
+            return _read_safetensors(path)
+        zipped = start[:2] == b"PK"
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                root = next((name[:-13] for name in archive.namelist() if name.endswith("/constants.pkl")), None)
+                stored = [entry for entry in archive.infolist() if not entry.filename.startswith(f"{root}code/")]
+                if sum(entry.file_size for entry in stored) > os.path.getsize(path):
+                    raise ValueError("the archive is compressed")  # torch compresses only code
+                if root is not None:
+                    return _read_torchscript(archive, root)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e.strerror or e}") from None
+    except Exception as e:
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(e))
+        raise ValueError(f"{path} is refused: it asks to load {unsafe[1]}, which could run code" if unsafe else
+                         f"{path} is corrupt, or not a file of weights") from None
+
+
 # ---------------------------------------------------------------- weights in and out ----
 
-ENCODER = re.compile(r"(cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm(_pre)?\.(weight|bias)|proj\.weight|"
-                     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias))")
-OTHERS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
+ENCODER = re.compile(r"(cls_token|pos_embed|register_tokens|proj\.weight|(norm|norm_pre|patch_embed\.proj|"
+                     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.(weight|bias))")
+HEADS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
+LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # the encoder's tokens do not depend on these
 CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
     (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^conv1\.", "patch_embed.proj."),
     (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"),
     (r"^transformer\.resblocks\.", "blocks."), (r"\.ln_([12])\.", r".norm\1."), (r"\.in_proj_", ".qkv."),
     (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
+STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard deviation of ImageNet, then CLIP's
+              (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-def safe_load(path) -> dict:
-    """What a file of PyTorch holds, without running anything that it asks for. Raises ValueError, one line."""
-    try:
-        if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.jit is deprecated, OpenAI's files are what they are
-                return torch.jit.load(str(path), map_location="cpu").state_dict()
-        with torch.serialization.safe_globals([argparse.Namespace]):  # how DINO and MAE keep their arguments
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as e:
-        if str(path).endswith(".safetensors"):
-            raise ValueError(f"{path}: safetensors need another package; save the dict with torch.save") from None
-        if "GLOBAL " in str(e):
-            raise ValueError(f"{path} asks to run code when it is loaded: refused") from None
-        raise ValueError(f"{path} is not a file of PyTorch weights, or it is cut short") from None
+class Weights(dict):
+    """State dict with the names of this file, name -> fp32 tensor. summary: a sentence on what was taken from the file;
+    config: the "config" of a checkpoint of this project, else {}."""
+    summary, config = "", {}
 
 
-def load_weights(path, key: Optional[str] = None) -> dict[str, Tensor]:
-    """Any file of ViT weights that people have -> fp32 state dict with the names of this file, and a line on what was
-    taken. Known: this project's and the authors' checkpoints, MAE, DINO, timm, OpenAI's CLIP (TorchScript archive or
-    plain dict). key: which part of a file with several, as "student" or "teacher" of DINO's full checkpoint.
-    Raises ValueError, one line, for a file that is none of these; runs no code that a file brings."""
-    weights = safe_load(path)
-    parts = [key] if key else ["teacher", "student", "model", "state_dict"]
-    part = next((k for k in parts if isinstance(weights, dict) and isinstance(weights.get(k), dict)), None)
+def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], str]:
+    """Find the image encoder in the content of a file of that many bytes -> (its weights in fp32, name of the part)."""
+    keys = [key] if key else ["teacher", "student", "model", "state_dict"]
+    file = file if isinstance(file, dict) else {}
+    part = next((k for k in keys if isinstance(file.get(k), dict)), "")
     if key and not part:
-        raise ValueError(f"{path} has no part {key!r}")
-    weights = weights[part] if part else weights
-    weights = {k: w for k, w in weights.items() if torch.is_tensor(w)} if isinstance(weights, dict) else {}
+        raise ValueError(f"has no part {key!r}")
+    weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): w
+               for name, w in (file[part] if part else file).items() if torch.is_tensor(w) and w.is_floating_point()}
     if any(name.startswith("visual.") for name in weights):  # CLIP with its text tower
         weights = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
-    weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", name): w for name, w in weights.items()}
-    marks = (("query_blocks.", "SemAIM"), ("decoder_", "MAE"), ("head.mlp.", "DINO"))
-    kind = next((kind for mark, kind in marks if any(mark in name for name in weights)), "ViT")
+    if sum(w.nbytes for w in weights.values()) > size:
+        raise ValueError("is corrupt: its tensors are larger than the file")
+    # Copies, because a tensor that is mapped to the file would change or crash when the file is overwritten.
+    return {name: w.to("cpu", torch.float32, copy=True) for name, w in weights.items()}, part
+
+
+def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of CLIP and timm, and fold in what this file's ViT does not have but can compute exactly."""
     if "class_embedding" in weights:
-        kind = "CLIP"
         for old, new in CLIP_NAMES:
             weights = {re.sub(old, new, name): w for name, w in weights.items()}
         weights["cls_token"], weights["pos_embed"] = weights["cls_token"][None, None], weights["pos_embed"][None]
-        weights["proj.weight"] = weights["proj.weight"].T
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= set(weights):
-        raise ValueError(f"{path} holds no ViT: its first weights are {', '.join(list(weights)[:3]) or 'none'}")
-    taken = {n: w.float() for n, w in weights.items() if ENCODER.fullmatch(n) or (kind != "CLIP" and OTHERS.match(n))}
-    dropped = sorted(set(weights) - set(taken))
-    strange = [name for name in dropped if name.startswith("blocks.")]
-    if strange:  # to leave out a part of a block would compute something else
-        raise ValueError(f"{path} is another kind of ViT: its blocks have {strange[0]}")
-    for name, w in taken.items():
+        weights["proj.weight"] = weights["proj.weight"].t()
+    if "norm_pre.weight" in weights and "head.weight" in weights:  # timm's CLIP
+        if weights.pop("head.bias").any():
+            raise ValueError("has a classifier in place of CLIP's projection")
+        weights["proj.weight"] = weights.pop("head.weight")
+    if "norm_pre.weight" in weights and "patch_embed.proj.bias" not in weights:
+        # CLIP was trained with other image statistics: x -> (x * std + mean - clip_mean) / clip_std. Folded into the
+        # patch embedding, so that all encoders take images with ImageNet's statistics.
+        mean, std, clip_mean, clip_std = torch.tensor(STATISTICS).view(4, 3, 1, 1)
+        kernel = weights["patch_embed.proj.weight"]
+        weights["patch_embed.proj.weight"] = kernel * (std / clip_std)
+        weights["patch_embed.proj.bias"] = (kernel * ((mean - clip_mean) / clip_std)).sum((1, 2, 3))
+    scales = [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma"))]
+    dim, blocks = weights["cls_token"].shape[-1], {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if scales and (len(scales) != 2 * len(blocks) or any(weights[name].shape != (dim,) for name in scales)):
+        raise ValueError("is another kind of ViT: LayerScale is missing in some blocks, or not one factor per channel")
+    for name in scales:  # gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
+        gamma, layer = weights.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
+        weights[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
+    if "reg_token" in weights:
+        weights["register_tokens"] = weights.pop("reg_token")
+    if math.isqrt(weights["pos_embed"].shape[1]) ** 2 == weights["pos_embed"].shape[1]:  # CLS has no position
+        weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))
+    return weights
+
+
+def _check_vit(weights: dict[str, Tensor], left_out: list[str]):
+    """Raise ValueError if a ViT of this file would not compute exactly what the weights were trained for."""
+    for name, w in weights.items():
         if not w.isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite")
-    with torch.device("meta"):  # names and shapes alone
-        expected = vit_like(taken, heads=1).state_dict()
-    missing = [name for name in expected if name not in taken and not name.startswith("norm.")]
+            raise ValueError(f"is corrupt: {name} has values that are not finite")
+    strange = next((name for name in left_out if not LEFT_OUT.match(name)), None)
+    if strange:  # to ignore it could change what the encoder computes
+        raise ValueError(f"is another kind of ViT: it has {strange}")
+    kernel = tuple(weights["patch_embed.proj.weight"].shape)
+    if len(kernel) != 4 or kernel[0] % 4 or 0 in kernel:
+        raise ValueError(f"is another kind of ViT: its patch_embed.proj.weight is {kernel}")
+    with torch.device("meta"):  # only names and shapes
+        expected = vit_like(weights, heads=1).state_dict()
+    missing = [name for name in expected if name not in weights and not name.startswith("norm.")]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} weights: {', '.join(missing[:3])}")
-    odd = next((name for name in taken if ENCODER.fullmatch(name) and (
-        name not in expected or taken[name].shape != expected[name].shape)), None)
-    if odd:
-        raise ValueError(f"{path} is another kind of ViT: its {odd} is {tuple(taken[odd].shape)}")
-    print(f"{path}: {kind}{f' ({part})' if part else ''}, {len(taken)} tensors taken, {len(dropped)} left out"
-          + (f" ({', '.join(dropped[:3])}{', ...' if len(dropped) > 3 else ''})" if dropped else "")
-          + ("" if "norm.weight" in taken else ", no final norm"))
-    return taken
+        raise ValueError(f"lacks {len(missing)} weights: {', '.join(missing[:3])}")
+    for name, w in weights.items():
+        if ENCODER.fullmatch(name) and (name not in expected or w.shape != expected[name].shape):
+            raise ValueError(f"is another kind of ViT: its {name} is {tuple(w.shape)}")
+
+
+def load_weights(path, key: Optional[str] = None) -> Weights:
+    """Load a file of ViT weights -> Weights. Raises ValueError, one line, for a file that cannot be loaded exactly.
+
+    Known files: checkpoints of this project and of the authors' release, MAE, DINO, DINOv2, timm (with its DINOv2 and
+    CLIP), OpenAI's CLIP (TorchScript or state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file
+    is run. key: the part to take from a file with several, such as "student" in DINO's full checkpoint.
+    LayerScale is folded into the linear layer before it, CLIP's image statistics into the patch embedding."""
+    file = _read_file(path)
+    try:
+        found, part = _find_vit(file, key, os.path.getsize(path))
+        for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
+            if any(mark in name for name in found):
+                raise ValueError(f"has {feature}, which are not supported")
+        if not {"cls_token", "class_embedding"} & set(found):
+            raise ValueError(f"holds no ViT with CLS: its first weights are {', '.join([*found][:3]) or 'missing'}")
+        weights = _to_our_names(dict(found))
+        taken = {name: w for name, w in weights.items() if ENCODER.fullmatch(name) or HEADS.match(name)}
+        left_out = sorted(set(weights) - set(taken))
+        _check_vit(taken, left_out)
+    except ValueError as e:
+        raise ValueError(f"{path} {e}") from None
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError):  # unexpected shapes
+        raise ValueError(f"{path} is another kind of ViT") from None
+    marks = {"SemAIM": "query_blocks.", "MAE": "decoder_", "CLIP": "norm_pre.", "DINOv2": "blocks.0.ls1."}
+    kind = next((kind for kind, mark in marks.items() if any(n.startswith(mark) for n in [*found, *taken])), "ViT")
+    names = f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else ""
+    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if kind == "CLIP" else ""
+    part = part and f" from its part {part!r}"
+    result = Weights(taken)
+    result.summary = (f"{path} holds a {kind}: {len(taken)} tensors were taken{part} and {len(left_out)} left out"
+                      f"{names}{activation}.")
+    result.config = file.get("config", {})
+    return result
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of a SemAIM or ViT -> that of its encoder alone, in timm's names for VisionTransformer."""
+    """Select the encoder from the state dict of a SemAIM or ViT, with timm's names for VisionTransformer."""
     return {name: w for name, w in weights.items() if ENCODER.fullmatch(name)}
 
 
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
-    """Position embeddings (1, 1 + g*g, D) of a square grid -> (1, 1 + grid*grid, D): bicubic, CLS as it is."""
+    """Interpolate position embeddings (1, 1 + g*g, D) to (1, 1 + grid*grid, D); CLS keeps its position.
+
+    Bicubic with antialiasing, as in timm; Meta's DINOv2 differs slightly (by default, no antialiasing)."""
     old = math.isqrt(pos_embed.shape[1] - 1)
     if old == grid:
         return pos_embed
     patches = rearrange(pos_embed[:, 1:], "n (h w) d -> n d h w", h=old)
-    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic")
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
     return torch.cat([pos_embed[:, :1], rearrange(patches, "n d h w -> n (h w) d")], dim=1)
 
 
-def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: Optional[int] = None, **options) -> ViT:
-    """State dict from load_weights -> an untrained ViT (or CLIPTower) of its width, depth, patch size and, if none is
-    given, image size; options: see ViT. Weights do not tell heads: those of ARCHS, else 64 wide (or ValueError)."""
+def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: Optional[int] = None,
+             activation: str = "quick_gelu", **options) -> ViT:
+    """Build an untrained ViT, or CLIPTower, with the sizes of a state dict from load_weights.
+
+    heads: weights do not tell it; by default, heads are 64 wide, but 80 in ViT-H (width 1280) and 88 in ViT-g (1408).
+    img_size: by default the size that fits the positions. activation: for CLIP. options: see ViT. Raises ValueError."""
     dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     heads = heads or (16 if dim in (1280, 1408) else dim // 64 if dim % 64 == 0 else None)
     if heads is None:
         raise ValueError(f"the weights do not tell how many heads a ViT {dim} wide has: pass heads=")
+    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     if "proj.weight" in weights:
-        return CLIPTower(img_size, patch_size, dim, depth, heads, weights["proj.weight"].shape[0])
-    return ViT(img_size, patch_size, dim, depth, heads, **options)
+        return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation, registers)
+    return ViT(img_size, patch_size, dim, depth, heads, registers=registers, **options)
 
 
-def load_teacher(kind: str, path) -> Teacher:
-    """kind "dino" (any ViT whose final-norm patch tokens are worth predicting) or "clip", a file that load_weights
-    knows -> frozen Teacher, images (N, 3, H, W) -> (N, 1+L, C). Raises ValueError, one line."""
+def load_teacher(kind: str, path, heads: Optional[int] = None, grid: Optional[int] = None,
+                 activation: str = "quick_gelu") -> Teacher:
+    """Load a frozen Teacher, images (N, 3, H, W) -> tokens (N, 1+L, C), from a file that load_weights knows.
+
+    kind: "clip", or "dino" for any other ViT with a final norm. heads: see vit_like. grid: number of patches per side;
+    by default the file's, else images are resized and positions interpolated. activation: "quick_gelu" (OpenAI) or
+    "gelu" (most of OpenCLIP), which CLIP files do not tell. Raises ValueError, one line."""
     _check("teacher", kind, ("dino", "clip"))
-    weights = encoder_weights(load_weights(path))
+    weights = load_weights(path)
     if (kind == "clip") != ("proj.weight" in weights):
         raise ValueError(f"{path} is {'no' if kind == 'clip' else 'a'} CLIP tower, but the target is {kind!r}")
     if "norm.weight" not in weights:
         raise ValueError(f"{path} lacks norm.weight, the final norm of a teacher")
-    vit = vit_like(weights)
-    vit.load_state_dict(weights)
-    return Teacher(vit, kind == "clip")
+    encoder = encoder_weights(weights)
+    patch_size = encoder["patch_embed.proj.weight"].shape[-1]
+    vit = vit_like(encoder, heads, grid and grid * patch_size, activation)
+    vit.load_state_dict(encoder | {"pos_embed": resize_positions(encoder["pos_embed"], vit.img_size // patch_size)})
+    used = f" The teacher computes it with {activation}." if kind == "clip" else ""
+    return Teacher(vit, weights.summary + used)

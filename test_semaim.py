@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -493,7 +495,7 @@ def clip_weights(dtype=torch.float32, dim=128, depth=2, patch=8, tokens=17, out=
             for name, shape in shapes.items()}
 
 
-def clip_by_hand(weights, images, heads=2):
+def clip_by_hand(weights, images, heads=2, activation=semaim.quick_gelu):
     """CLIP's image tower on torch.nn.MultiheadAttention, straight from the weights; every token projected."""
     w = {name: x.float() for name, x in weights.items()}
     dim = len(w["class_embedding"])
@@ -511,7 +513,7 @@ def clip_by_hand(weights, images, heads=2):
         y = norm(x, f"{p}.ln_1")
         x = x + attention(y, y, y, need_weights=False)[0]
         y = F.linear(norm(x, f"{p}.ln_2"), w[f"{p}.mlp.c_fc.weight"], w[f"{p}.mlp.c_fc.bias"])
-        x = x + F.linear(y * torch.sigmoid(1.702 * y), w[f"{p}.mlp.c_proj.weight"], w[f"{p}.mlp.c_proj.bias"])
+        x = x + F.linear(activation(y), w[f"{p}.mlp.c_proj.weight"], w[f"{p}.mlp.c_proj.bias"])
     return norm(x, "ln_post") @ w["proj"]
 
 
@@ -546,12 +548,33 @@ def test_clip_tower(tmp_path, layout):
         torch.save(named if layout == "visual" else weights, path)
     teacher = semaim.load_teacher("clip", path)
     images = torch.randn(2, 3, 32, 32)
-    raw = images * torch.tensor(train.STD).view(3, 1, 1) + torch.tensor(train.MEAN).view(3, 1, 1)
-    own = train.v2.functional.normalize(raw, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     tokens = teacher(images)
     assert tokens.shape == (2, 17, 24) and not tokens.requires_grad
-    torch.testing.assert_close(tokens, clip_by_hand(weights, own), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(tokens, clip_by_hand(weights, clip_images(images)), rtol=1e-4, atol=1e-4)
     assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.train().vit.training
+
+
+def clip_images(images):
+    """Images normalised with ImageNet's statistics -> with CLIP's."""
+    raw = images * torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1) + torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return (raw - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def test_openclip_checkpoints_and_activations(tmp_path):
+    weights, path, images = clip_weights(), tmp_path / "epoch_1.pt", torch.randn(2, 3, 32, 32)
+    text = {"module.transformer.resblocks.0.ln_1.weight": torch.ones(8), "module.logit_scale": torch.ones(())}
+    named = {f"module.visual.{name}": w for name, w in weights.items()}
+    torch.save(dict(epoch=1, name="x", state_dict=named | text, optimizer={}), path)
+    for activation, function in (("gelu", F.gelu), ("quick_gelu", semaim.quick_gelu)):
+        teacher = semaim.load_teacher("clip", path, activation=activation)
+        expected = clip_by_hand(weights, clip_images(images), activation=function)
+        torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-4)
+        assert teacher.summary.endswith(f" The teacher computes it with {activation}.")
+    said = semaim.load_weights(path).summary
+    assert "CLIP" in said and "state_dict" in said and "does not tell" in said and "quick_gelu" in said
+    with pytest.raises(ValueError, match="activation 'relu' is unknown: choose from gelu, quick_gelu"):
+        semaim.load_teacher("clip", path, activation="relu")
 
 
 LAYOUTS = {  # how each project wraps a ViT's weights, and the extra weights that come along
@@ -594,46 +617,276 @@ def test_timm_both_ways(tmp_path):
     torch.testing.assert_close(theirs.forward_features(images), model.tokens(images), rtol=1e-5, atol=1e-5)
 
 
-class _RunsCode:
-    def __init__(self, path):
-        self.path = path
+TIMM = {  # name in timm: (kind of teacher, options, another grid)
+    "vit_small_patch16_224": ("dino", dict(num_classes=0), 9),
+    "vit_small_patch14_dinov2": ("dino", dict(num_classes=0), 7),
+    "vit_small_patch14_reg4_dinov2": ("dino", dict(num_classes=0), 7),
+    "vit_base_patch16_clip_224": ("clip", dict(num_classes=24, embed_dim=128, num_heads=2), 9),
+    "vit_base_patch16_clip_quickgelu_224": ("clip", dict(num_classes=24, embed_dim=128, num_heads=2), 9),
+}
+
+
+@torch.no_grad()
+def timm_model(name, options):
+    """The model with random weights everywhere, also where timm begins with zeros or ones."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2, dynamic_img_size=True, **options).eval()
+    for part, p in model.named_parameters():
+        if "gamma" in part or "norm" in part:
+            p.uniform_(0.5, 1.5)
+        elif part != "head.bias":
+            p.normal_(std=1 if part in ("cls_token", "reg_token", "pos_embed") else 0.05)
+        if part.startswith(("norm_pre.", "patch_embed.")) and "clip" in name:
+            p.mul_(0.01)  # small tokens, so that the eps of the norms matters
+    return model
+
+
+def meta_names(weights):
+    """Weights of a DINOv2 in timm's names -> in Meta's: CLS has a position, registers another name."""
+    weights = dict(weights)
+    if "reg_token" in weights:
+        weights["register_tokens"] = weights.pop("reg_token")
+        cls = torch.randn(weights["cls_token"].shape)
+        weights["pos_embed"] = torch.cat([weights["cls_token"] - cls, weights["pos_embed"]], dim=1)
+        weights["cls_token"] = cls
+    return weights | {"mask_token": torch.zeros(1, weights["cls_token"].shape[-1])}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TIMM)
+def test_teachers_equal_timm(tmp_path, name):
+    safetensors = pytest.importorskip("safetensors.torch")
+    kind, options, other = TIMM[name]
+    model = timm_model(name, options)
+    activation = "quick_gelu" if "quickgelu" in name else "gelu"
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    safetensors.save_file(model.state_dict(), tmp_path / "x.safetensors", metadata=dict(format="pt"))
+    files = ["x.pth", "x.safetensors"]
+    if "dinov2" in name:
+        torch.save(meta_names(model.state_dict()), tmp_path / "meta.pth")
+        files += ["meta.pth"]
+    own = model.patch_embed.grid_size[0]
+    for grid in (own, other):
+        images = torch.randn(1, 3, *2 * [grid * model.patch_embed.patch_size[0]])
+        tokens = model.forward_features(clip_images(images) if kind == "clip" else images)
+        tokens = torch.cat([tokens[:, :1], tokens[:, model.num_prefix_tokens:]], dim=1)
+        tokens = model.head(tokens) if kind == "clip" else tokens
+        for file in files:
+            teacher = semaim.load_teacher(kind, tmp_path / file, grid=None if grid == own else grid,
+                                          activation=activation)
+            assert (teacher.grid, teacher.width) == (grid, tokens.shape[-1]) and teacher.summary.count(file) == 1
+            found = teacher(images)
+            assert found.shape == (1, 1 + grid**2, teacher.width)
+            assert (found - tokens).abs().max() < 1e-5 * tokens.abs().max(), (file, grid)
+            if file == files[0] and grid == other:  # images of another size are resized
+                large = F.interpolate(images, scale_factor=1.5, mode="bicubic")
+                small = F.interpolate(large, size=images.shape[-2:], mode="bicubic", antialias=True)
+                torch.testing.assert_close(teacher(large), teacher.vit.tokens(small))
+
+
+def test_registers_take_part_and_are_left_out():
+    torch.manual_seed(0)
+    vit, images = ViT(32, 8, 16, 2, 2, registers=3).eval(), torch.randn(2, 3, 32, 32)
+    x = vit.blocks[0](torch.cat([(vit.cls_token + vit.pos_embed[:, :1]).expand(2, -1, -1),
+                                 vit.register_tokens.expand(2, -1, -1), vit.embed(images)], dim=1))
+    q, k, _ = rearrange(vit.blocks[1].attn.qkv(vit.blocks[1].norm1(x)), "n t (s h d) -> s n h t d", s=3, h=2)
+    attention = (q @ k.mT / 8**0.5).softmax(-1)[:, :, 0, 4:].mean(1)
+    torch.testing.assert_close(vit.attention_map(images), attention)
+    torch.testing.assert_close(semaim.Teacher(vit).attention_map(images), attention)
+    tokens = vit.norm(vit.blocks[1](x))
+    torch.testing.assert_close(vit.tokens(images), torch.cat([tokens[:, :1], tokens[:, 4:]], dim=1))
+
+
+def test_what_load_weights_tells(tmp_path):
+    weights = small_vit().state_dict()
+    torch.save(dict(model=weights, config=dict(arch="x"), step=1), tmp_path / "last.pt")
+    loaded = semaim.load_weights(tmp_path / "last.pt")
+    assert isinstance(loaded, dict) and loaded.config == dict(arch="x")
+    assert loaded.summary.endswith("last.pt holds a ViT: 30 tensors were taken from its part 'model' and 0 left out.")
+    torch.save(weights | {"mask_token": torch.ones(1), "decoder_norm.weight": torch.ones(1)}, tmp_path / "mae.pth")
+    loaded = semaim.load_weights(tmp_path / "mae.pth")
+    assert loaded.config == {} and loaded.keys() == weights.keys()
+    assert loaded.summary.endswith("30 tensors were taken and 2 left out (decoder_norm.weight, mask_token).")
+    torch.save(loaded, tmp_path / "mae.pth")  # the file that they came from: nothing is mapped
+    assert all(torch.equal(w, weights[name]) for name, w in loaded.items())
+
+
+class _Calls:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return self.call
+
+
+class _Prints(torch.nn.Module):
+    """A module whose archive prints when torch.jit.load reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(2))
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.w, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]):
+        print("code has run")
+        self.w, self.training = state[0], state[1]
+
+    def forward(self, x: torch.Tensor):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_code_of_a_torchscript_archive_runs(tmp_path, capfd):
+    weights = {f"visual.{name}": w for name, w in clip_weights().items()}
+    holder = _Holder(weights)
+    holder.prints = _Prints()
+    torch.jit.script(holder).save(str(tmp_path / "prints.pt"))
+    torch.jit.load(str(tmp_path / "prints.pt"))
+    assert "code has run" in capfd.readouterr().out  # the archive does what it should
+    loaded = semaim.load_teacher("clip", tmp_path / "prints.pt")
+    assert capfd.readouterr().out == ""
+    torch.save(weights, tmp_path / "plain.pt")
+    same_weights(loaded.vit.state_dict(), semaim.load_teacher("clip", tmp_path / "plain.pt").vit.state_dict())
+
+    torch.jit.script(_Holder(weights)).save(str(tmp_path / "good.pt"))
+    hostile = dict(writes=_Calls(open, str(tmp_path / "ran"), "w"),
+                   folder=dict(a=[_Calls(os.mkdir, str(tmp_path / "ran"))]), evaluates=(_Calls(eval, "1/0"),),
+                   torch=_Calls(torch.hub.load, "x", "y"))
+    for name, content in hostile.items():
+        with zipfile.ZipFile(tmp_path / "good.pt") as old, zipfile.ZipFile(tmp_path / f"{name}.pt", "w") as new:
+            for entry in old.namelist():
+                new.writestr(entry, pickle.dumps(content, 2) if entry.endswith("/data.pkl") else old.read(entry))
+        with pytest.raises(ValueError, match=rf"{name}.pt is refused: it asks to load \S+, which could run code"):
+            semaim.load_weights(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def tensors_file(header, data=b"", length=None):
+    """A .safetensors file by hand."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+def peak_memory():
+    """Peak of this process's memory in bytes since the last call."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+    except OSError:
+        return 0
+
+
+def bad_files(folder):
+    """name -> (content, what the message says)"""
+    good = small_vit().state_dict()
+    vit, zeros = folder / "vit.pt", bytes(8)
+    torch.save(good, vit)
+    pytest.importorskip("safetensors.torch").save_file(good, folder / "vit.safetensors")
+    whole, tensors = vit.read_bytes(), (folder / "vit.safetensors").read_bytes()
+    entry = dict(dtype="F32", shape=[2], data_offsets=[0, 8])
+    corrupt = "is corrupt, or not a file of weights"
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(2**27))
+        archive.writestr("x/version", "3")
+    memo = io.BytesIO()
+    with zipfile.ZipFile(memo, "w") as archive:  # a TorchScript archive whose pickle puts a dict at index 2^31 - 1
+        archive.writestr("x/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")
+        archive.writestr("x/constants.pkl", b"")
+    twice = b'{"a":%s,"a":%s}' % (2 * (json.dumps(entry).encode(),))
+    cut = {f"cut{i}": (whole[:random.Random(i).randrange(len(whole) - 1)], corrupt) for i in range(4)}
+    cut |= {f"cut{i}.safetensors": (tensors[:random.Random(i).randrange(len(tensors) - 1)], corrupt) for i in range(4)}
+    without = {name: w for name, w in good.items() if not name.startswith("blocks.0.")}
+    return cut | {
+        "text": (b"no weights", corrupt), "empty": (b"", corrupt), "bomb": (bomb.getvalue(), corrupt),
+        "memo": (memo.getvalue(), "holds no ViT with CLS"),
+        "header": (tensors_file({}, length=2**60), corrupt), "nested": (tensors_file(b"[" * 10**6), corrupt),
+        "list": (tensors_file(b'{"a": 1}'), corrupt), "twice": (tensors_file(twice, zeros), corrupt),
+        "type": (tensors_file(dict(a=entry | dict(dtype="F8")), zeros), corrupt),
+        "beyond": (tensors_file(dict(a=entry | dict(data_offsets=[0, 2**60])), zeros), corrupt),
+        "short": (tensors_file(dict(a=entry), zeros[:4]), corrupt),
+        "long": (tensors_file(dict(a=entry), 2 * zeros), corrupt),
+        "shape": (tensors_file(dict(a=entry | dict(shape=[2**62, 4])), zeros), corrupt),
+        "negative": (tensors_file(dict(a=entry | dict(shape=[-1, -2])), zeros), corrupt),
+        "overlap": (tensors_file(dict(a=entry, b=entry), zeros), corrupt),
+        "hole": (tensors_file(dict(a=entry, b=entry | dict(data_offsets=[12, 20])), bytes(20)), corrupt),
+        "code": (dict(model=_Calls(os.mkdir, str(folder / "ran"))), "is refused: it asks to load posix.mkdir"),
+        "list_of": ([1, 2], "holds no ViT with CLS: .* are missing"),
+        "resnet": ({"conv1.weight": torch.ones(1)}, "holds no ViT with CLS: .* are conv1.weight"),
+        "giant": (good | {"pos_embed": torch.zeros(1).expand(1, 2**40, 128)}, "its tensors are larger than the file"),
+        "nan": (good | {"norm.bias": torch.full((128,), math.nan)}, "norm.bias has values that are not finite"),
+        "int": (good | {"cls_token": good["cls_token"].long()}, "holds no ViT with CLS"),
+        "deit": (good | {"dist_token": torch.zeros(1, 1, 128)}, "it has dist_token"),
+        "positions": (good | {"pos_embed": torch.zeros(1, 18, 128)}, r"its pos_embed is \(1, 18, 128\)"),
+        "missing": ({k: w for k, w in good.items() if k != "blocks.1.attn.qkv.bias"},
+                    "lacks 1 weights: blocks.1.attn.qkv.bias"),
+        "no_block": (without, "lacks 12 weights: blocks.0.norm1.weight"),
+        "extra": (good | {"blocks.7.norm1.weight": torch.ones(128)}, "lacks 12 weights: blocks.2.norm1.weight"),
+        "qk_norm": (good | {"blocks.0.attn.q_norm.weight": torch.ones(64)}, "it has blocks.0.attn.q_norm.weight"),
+        "scale": (good | {"blocks.0.ls1.gamma": torch.ones(128)}, "LayerScale is missing in some blocks"),
+        "scale1": (good | {f"blocks.{i}.ls{j}.gamma": torch.ones(1) for i in (0, 1) for j in (1, 2)}, "LayerScale"),
+        "scales": (good | {f"blocks.{i}.ls{j}.gamma": torch.ones(128) for i in (0, 7) for j in (1, 2)}, "LayerScale"),
+        "swiglu": (good | {"blocks.0.mlp.w12.weight": torch.ones(1)}, "has SwiGLU MLPs, which are not supported"),
+        "packed": (good | {f"blocks.{i}.mlp.fc2.weight": torch.ones(128, 256) for i in (0, 1)},
+                   r"its blocks.0.mlp.fc2.weight is \(128, 256\)"),
+        "dinov3": (good | {"rope_embed.periods": torch.ones(4)}, r"has rotary positions \(DINOv3\)"),
+        "patch": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 8, 4)}, "is another kind of ViT"),
+        "zero": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 0, 0)}, "is another kind of ViT"),
+        "flat": (good | {"patch_embed.proj.weight": torch.ones(128)}, "is another kind of ViT"),
+        "clip": (clip_weights(), "is a CLIP tower, but the target is 'dino'"),
+        "coca": ({f"visual.{n}": w for n, w in (clip_weights() | {"attn_pool.query": torch.ones(2)}).items()},
+                 "it has attn_pool.query"),
+        "no_projection": ({k: w for k, w in clip_weights().items() if k != "proj"}, "is another kind of ViT"),
+        "no_norm": ({k: w for k, w in good.items() if k[:5] != "norm."}, "lacks norm.weight, the final norm"),
+    }
 
 
 def test_bad_weight_files(tmp_path):
-    def said(name, content=None, kind="dino"):
+    files = bad_files(tmp_path)
+    peak_memory()  # resets it
+    before = peak_memory()
+    for name, (content, message) in files.items():
         path = tmp_path / name
-        if isinstance(content, (bytes, str)):
-            path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        elif content is not None:
-            torch.save(content, path)
-        with pytest.raises(ValueError) as error:
-            semaim.load_teacher(kind, path)
-        assert str(path) in str(error.value) and "\n" not in str(error.value)
-        return str(error.value)
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        try:
+            pytest.fail(f"{name} was loaded: {semaim.load_teacher('dino', path).summary}")
+        except ValueError as error:
+            said = str(error)
+            assert error.__suppress_context__ or not error.__context__
+        assert said.startswith(str(path)) and "\n" not in said and re.search(message, said), (name, said)
+        assert peak_memory() < before + 2**26, name
+    assert not (tmp_path / "ran").exists() and len(files) > 40
+    for path, message in (("nothing", "nothing: no such file"), (".", "cannot be read: Is a directory")):
+        with pytest.raises(ValueError, match=message):
+            semaim.load_weights(tmp_path / path)
+    with pytest.raises(ValueError, match="vit.pt is no CLIP tower, but the target is 'clip'"):
+        semaim.load_teacher("clip", tmp_path / "vit.pt")
+    with pytest.raises(ValueError, match="vit.pt has no part 'student'"):
+        semaim.load_weights(tmp_path / "vit.pt", key="student")
 
-    good = small_vit().state_dict()
-    assert "no such file" in said("missing.pt")
-    assert "not a file of PyTorch weights" in said("text.pt", "no weights")
-    assert "refused" in said("code.pt", dict(model=_RunsCode(tmp_path / "ran")))
-    assert not (tmp_path / "ran").exists()
-    torch.save(good, tmp_path / "whole.pt")
-    assert "cut short" in said("cut.pt", (tmp_path / "whole.pt").read_bytes()[:9999])
-    resnet = train.torchvision.models.resnet18(weights=None).state_dict()
-    assert "no ViT: its first weights are conv1.weight" in said("resnet.pt", resnet)
-    assert "no ViT" in said("rn50.pt", {f"visual.{name}": w for name, w in resnet.items()}, "clip")
-    nan = good | {"norm.bias": torch.full((128,), math.nan)}
-    assert "norm.bias has values that are not finite" in said("nan.pt", nan)
-    wide = torch.zeros(1, 18, 128)  # a distillation token
-    assert "another kind of ViT: its pos_embed is (1, 18, 128)" in said("deit.pt", good | {"pos_embed": wide})
-    assert "blocks have blocks.0.ls1.gamma" in said("dinov2.pt", good | {"blocks.0.ls1.gamma": torch.ones(128)})
-    less = {name: w for name, w in good.items() if name != "blocks.1.attn.qkv.bias"}
-    assert "lacks 1 weights: blocks.1.attn.qkv.bias" in said("less.pt", less)
-    assert "is no CLIP tower" in said("vit.pt", good, "clip")
-    assert "is a CLIP tower" in said("clip.pt", clip_weights())
-    assert "safetensors" in said("x.safetensors", "x")
+
+def test_any_callable_teaches():
+    """A timm model without CLS: anything in row 0, and the anchor "gap"."""
+    timm = pytest.importorskip("timm")
+    siglip = timm.create_model("vit_base_patch16_siglip_224", img_size=32, patch_size=8, embed_dim=64, depth=1,
+                               num_heads=1, num_classes=0).eval()
+
+    @torch.no_grad()
+    def teacher(images):
+        patches = siglip.forward_features(images)
+        return torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
+
+    model = SemAIM(32, 8, 16, 2, 2, 2, target="clip", target_dim=64, anchor="gap")
+    images = torch.randn(2, 3, 32, 32)
+    out = model(images, teacher_tokens=teacher(images))
+    similarity = similarity_map(teacher(images), "gap")
+    assert torch.equal(out.order[:, 0], similarity.argmax(1)) and out.loss.isfinite()
 
 
 def test_ema_teacher_follows_the_closed_form():
@@ -1461,6 +1714,7 @@ def test_two_processes_sum_once_a_step_and_share_what_was_unreadable(splits):
 
 BREAKS = """
 import os
+import pickle
 import train
 
 update, calls = train.Run.update, []
