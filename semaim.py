@@ -614,6 +614,8 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32}
 
 
 def _read_safetensors(path) -> dict[str, Tensor]:
@@ -654,8 +656,8 @@ class _ScriptUnpickler(pickle._Unpickler):  # the Python class; the C one alloca
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__") or (module, name) == ("collections", "OrderedDict"):
             return _Module
-        if module == "torch" and name.endswith("Storage"):  # as HalfStorage: its data type
-            return getattr(torch, name[:-len("Storage")].lower())
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if module == "torch.jit._pickle":  # a list or dict with the type of its items
             return lambda value, *_: value
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
