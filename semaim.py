@@ -543,9 +543,9 @@ class CLIPTower(ViT):
     """CLIP's image tower (Radford et al. 2021): a ViT with a norm before the blocks, LayerNorm eps 1e-5, activation
     "gelu" or "quick_gelu", and a projection of every token; tokens() returns (N, 1+L, out)."""
 
-    def __init__(self, img_size, patch_size, dim, depth, heads, out, activation="quick_gelu", registers=0):
-        super().__init__(img_size, patch_size, dim, depth, heads, registers=registers)
-        activations = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+    def __init__(self, img_size, patch_size, dim, depth, heads, out, activation="quick_gelu"):
+        super().__init__(img_size, patch_size, dim, depth, heads)
+        activations = dict(gelu=F.gelu, quick_gelu=quick_gelu)
         _check("activation", activation, activations)
         self.norm_pre = nn.LayerNorm(dim)
         self.proj = nn.Linear(dim, out, bias=False)
@@ -614,6 +614,8 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32}
 
 
 def _read_safetensors(path) -> dict[str, Tensor]:
@@ -629,8 +631,7 @@ def _read_safetensors(path) -> dict[str, Tensor]:
     weights, end = {}, 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        whole = all(type(number) is int and 0 <= number <= size for number in (*shape, start, stop)) and len(shape) < 9
-        if not whole or start != end or stop - start != math.prod(shape) * dtype.itemsize:
+        if len(shape) > 8 or start != end or stop < start or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} does not fit its offsets")
         weights[name], end = data[start:stop].clone().view(dtype).view(shape), stop  # a copy is aligned
     if end != len(data) or len(dict(header)) < len(header):
@@ -655,8 +656,8 @@ class _ScriptUnpickler(pickle._Unpickler):  # the Python class; the C one alloca
     def find_class(self, module: str, name: str):
         if module.startswith("__torch__") or (module, name) == ("collections", "OrderedDict"):
             return _Module
-        if module == "torch" and name.endswith("Storage"):  # as HalfStorage: its data type
-            return getattr(torch, name[:-len("Storage")].lower())
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if module == "torch.jit._pickle":  # a list or dict with the type of its items
             return lambda value, *_: value
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -863,9 +864,9 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     heads = heads or (16 if dim in (1280, 1408) else dim // 64 if dim % 64 == 0 else None)
     if heads is None:
         raise ValueError(f"the weights do not tell how many heads a ViT {dim} wide has: pass heads=")
-    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     if "proj.weight" in weights:
-        return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation, registers)
+        return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
+    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     return ViT(img_size, patch_size, dim, depth, heads, registers=registers, **options)
 
 

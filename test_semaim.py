@@ -757,10 +757,13 @@ def test_no_code_of_a_torchscript_archive_runs(tmp_path, capfd):
     hostile = dict(writes=_Calls(open, str(tmp_path / "ran"), "w"),
                    folder=dict(a=[_Calls(os.mkdir, str(tmp_path / "ran"))]), evaluates=(_Calls(eval, "1/0"),),
                    torch=_Calls(torch.hub.load, "x", "y"))
+    hostile = {name: pickle.dumps(content, 2) for name, content in hostile.items()}
+    path = str(tmp_path / "ran").encode()
+    hostile["saves"] = b"\x80\x02ctorch\nsaveStorage\n(}X%stR." % (len(path).to_bytes(4, "little") + path)  # torch.save
     for name, content in hostile.items():
         with zipfile.ZipFile(tmp_path / "good.pt") as old, zipfile.ZipFile(tmp_path / f"{name}.pt", "w") as new:
             for entry in old.namelist():
-                new.writestr(entry, pickle.dumps(content, 2) if entry.endswith("/data.pkl") else old.read(entry))
+                new.writestr(entry, content if entry.endswith("/data.pkl") else old.read(entry))
         with pytest.raises(ValueError, match=rf"{name}.pt is refused: it asks to load \S+, which could run code"):
             semaim.load_weights(tmp_path / f"{name}.pt")
     assert not (tmp_path / "ran").exists()
@@ -796,6 +799,11 @@ def bad_files(folder):
         archive.writestr("x/data.pkl", bytes(2**27))
         archive.writestr("x/version", "3")
     memo = io.BytesIO()
+    layers = b"}" + b"".join(b"q%c0}(X\x01\0\0\0ah%cX\x01\0\0\0bh%cu" % (i, i, i) for i in range(100))
+    laughs = io.BytesIO()
+    with zipfile.ZipFile(laughs, "w") as archive:  # each dict holds the one before it twice: 2^100 paths
+        archive.writestr("x/data.pkl", b"\x80\x02" + layers + b".")
+        archive.writestr("x/constants.pkl", b"")
     with zipfile.ZipFile(memo, "w") as archive:  # a TorchScript archive whose pickle puts a dict at index 2^31 - 1
         archive.writestr("x/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f.")
         archive.writestr("x/constants.pkl", b"")
@@ -806,6 +814,7 @@ def bad_files(folder):
     return cut | {
         "text": (b"no weights", corrupt), "empty": (b"", corrupt), "bomb": (bomb.getvalue(), corrupt),
         "memo": (memo.getvalue(), "holds no ViT with CLS"),
+        "laughs": (laughs.getvalue(), "holds no ViT with CLS"),
         "header": (tensors_file({}, length=2**60), corrupt), "nested": (tensors_file(b"[" * 10**6), corrupt),
         "list": (tensors_file(b'{"a": 1}'), corrupt), "twice": (tensors_file(twice, zeros), corrupt),
         "type": (tensors_file(dict(a=entry | dict(dtype="F8")), zeros), corrupt),
@@ -814,6 +823,9 @@ def bad_files(folder):
         "long": (tensors_file(dict(a=entry), 2 * zeros), corrupt),
         "shape": (tensors_file(dict(a=entry | dict(shape=[2**62, 4])), zeros), corrupt),
         "negative": (tensors_file(dict(a=entry | dict(shape=[-1, -2])), zeros), corrupt),
+        "backwards": (tensors_file(dict(a=entry, b=entry | dict(shape=[-1], data_offsets=[8, 4]),
+                                        c=entry | dict(shape=[1], data_offsets=[4, 8])), zeros), corrupt),
+        "float": (tensors_file(dict(a=entry | dict(shape=[2.0])), zeros), corrupt),
         "overlap": (tensors_file(dict(a=entry, b=entry), zeros), corrupt),
         "hole": (tensors_file(dict(a=entry, b=entry | dict(data_offsets=[12, 20])), bytes(20)), corrupt),
         "code": (dict(model=_Calls(os.mkdir, str(folder / "ran"))), "is refused: it asks to load posix.mkdir"),
@@ -837,6 +849,8 @@ def bad_files(folder):
                    r"its blocks.0.mlp.fc2.weight is \(128, 256\)"),
         "dinov3": (good | {"rope_embed.periods": torch.ones(4)}, r"has rotary positions \(DINOv3\)"),
         "patch": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 8, 4)}, "is another kind of ViT"),
+        "classifier": (good | {f"norm_pre.{n}": torch.ones(128) for n in ("weight", "bias")} | {
+            "head.weight": torch.ones(10, 128), "head.bias": torch.ones(10)}, "has a classifier in place of CLIP's"),
         "zero": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 0, 0)}, "is another kind of ViT"),
         "flat": (good | {"patch_embed.proj.weight": torch.ones(128)}, "is another kind of ViT"),
         "clip": (clip_weights(), "is a CLIP tower, but the target is 'dino'"),
