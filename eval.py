@@ -209,12 +209,11 @@ def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torc
 def knn(args, weights, data: Images, val: Images):
     """Weighted k-NN on frozen features, for each of --k."""
     vit = make_encoder(args, weights).to(DEVICE).eval()
-    pool = ("cls", "mean").index(args.pool)
-    bank, labels = train.features(vit, data, args)
+    bank, labels = train.features(vit, data, args, [args.pool])
     if max(args.k) > len(bank):
         raise ValueError(f"--k {max(args.k)} is larger than the training set ({len(bank)} images)")
-    queries, truth = train.features(vit, val, args)
-    guesses = {k: gather(best_five(knn_votes(queries[RANK::WORLD, pool], bank[:, pool], labels, len(data.classes), k)),
+    queries, truth = train.features(vit, val, args, [args.pool])
+    guesses = {k: gather(best_five(knn_votes(queries[RANK::WORLD, 0], bank[:, 0], labels, len(data.classes), k)),
                          len(queries)) for k in args.k}
     report_score(args, guesses[args.k[0]], truth, data.classes, k={k: score(guesses[k], truth) for k in args.k})
 
@@ -241,12 +240,12 @@ def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], 
 def linear_cached(args, weights, data: Images, val: Images):
     """The linear probe on features that are computed once, without augmentation. A held-out tenth of the training set
     chooses the learning rate; then the classifier is trained again on all of it. Every process does the same."""
-    classes, pool = len(data.classes), ("cls", "mean").index(args.pool)
+    classes = len(data.classes)
     probe = Probe(make_encoder(args, weights), args.pool, classes).to(DEVICE).eval()
-    x, y = train.features(probe.backbone, data, args)
+    x, y = train.features(probe.backbone, data, args, [args.pool])
     norm = probe.head[0]
-    norm.running_mean, norm.running_var = x[:, pool].mean(0), x[:, pool].var(0)
-    x = norm(x[:, pool])
+    norm.running_mean, norm.running_var = x[:, 0].mean(0), x[:, 0].var(0)
+    x = norm(x[:, 0])
     torch.manual_seed(args.seed)  # reading images has changed the generator
     order = torch.randperm(len(x))
     held, rest = order[:-(-len(x) // 10)], order[-(-len(x) // 10):]
@@ -279,8 +278,8 @@ def train_classifier(args, weights, data: Images, val: Images):
         mixes = [kind(alpha=alpha, num_classes=len(data.classes))
                  for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
-    run = Run(args, model, optimizer, len(data), best=-1.0)
-    say(f"{run.last_step:,} steps of {run.total_batch}, results in {run.folder}")
+    run = Run(args, model, optimizer, len(data))
+    say(f"{run.last_step:,} steps of {run.total_batch}")
 
     model.train()
     for _, micro_batches in run.steps(Views(data, view, args.seed)):
@@ -296,14 +295,14 @@ def train_classifier(args, weights, data: Images, val: Images):
             scores = score(*classify(model, val, args))
             say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
             run.log(**scores)
-            if scores["top1"] > run.state["best"]:
-                run.state["best"] = scores["top1"]
+            if scores["top1"] > run.best:
+                run.best = scores["top1"]
                 run.save("best.pt", **scores)
         if run.save_due:
             run.save()
 
     if run.finished:
-        report_score(args, *classify(model, val, args), data.classes, best_top1=run.state["best"], step=run.last_step)
+        report_score(args, *classify(model, val, args), data.classes, best_top1=run.best, step=run.last_step)
 
 
 # ---------------------------------------------------------------- pictures ----
@@ -461,7 +460,7 @@ def evaluate(args, weights):
     """One evaluation, from the command line's arguments to the JSON line."""
     train.join_processes()
     if weights is not None:
-        say(f"{args.checkpoint}: {weights.summary}")
+        say(weights.summary)
     torch.manual_seed(args.seed)
     if args.task == "show":
         return show(args, weights)
@@ -471,6 +470,8 @@ def evaluate(args, weights):
         raise ValueError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
     if args.label_fraction < 1:
         data = stratified(data, args.label_fraction, args.seed)
+    say(f"{args.task} of {args.arch} at {args.img_size} px on {args.data}: {len(data):,} images for training, {len(val):,} "
+        f"for the score, {WORLD} x {DEVICE.type} in {args.precision}, results in {args.output_dir}")
     if args.task == "knn":
         knn(args, weights, data, val)
     elif args.task == "linear" and args.cache_features and not args.eval_only:

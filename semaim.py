@@ -13,11 +13,9 @@ This file needs only torch and einops. Its sections follow the flow of the data.
 Shapes: N images, L = grid * grid patches, D width, C channels; token 0 is [CLS].
 """
 import argparse
-import functools
 import json
 import math
 import os
-import pickle
 import re
 import zipfile
 from typing import Callable, NamedTuple, Optional
@@ -614,8 +612,6 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32}
 
 
 def _read_safetensors(path) -> dict[str, Tensor]:
@@ -638,46 +634,8 @@ def _read_safetensors(path) -> dict[str, Tensor]:
         raise ValueError("the tensors do not fill the file, or a name occurs twice")
     return weights
 
-
-class _Module(dict):
-    """Object of a TorchScript archive, reduced to its attributes."""
-
-    def __setstate__(self, state):
-        self.update(state if isinstance(state, dict) else {})
-
-
-class _ScriptUnpickler(pickle._Unpickler):  # the Python class; the C one allocates any memo index that a file names
-    """Read the modules of a TorchScript archive as nested dicts, without running or importing what the file names."""
-
-    def persistent_load(self, pid) -> Tensor:
-        _, dtype, key, _, _ = pid
-        return torch.frombuffer(self.storage(key), dtype=dtype)
-
-    def find_class(self, module: str, name: str):
-        if module.startswith("__torch__") or (module, name) == ("collections", "OrderedDict"):
-            return _Module
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module == "torch.jit._pickle":  # a list or dict with the type of its items
-            return lambda value, *_: value
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
-        raise ValueError(f"GLOBAL {module}.{name}")
-
-
-def _read_torchscript(archive: zipfile.ZipFile, root: str) -> dict[str, Tensor]:
-    """Read the tensors of a TorchScript archive under their dotted names."""
-    unpickler = _ScriptUnpickler(archive.open(f"{root}data.pkl"))
-    unpickler.storage = functools.cache(lambda key: bytearray(archive.read(f"{root}data/{key}")))
-    weights, todo, seen = {}, [("", unpickler.load())], set()
-    while todo:
-        prefix, item = todo.pop()
-        if torch.is_tensor(item):
-            weights[prefix[1:]] = item
-        elif isinstance(item, dict) and id(item) not in seen:
-            seen.add(id(item))
-            todo += [(f"{prefix}.{name}", value) for name, value in item.items()]
-    return weights
+TORCHSCRIPT = ("is a TorchScript archive, and reading one can run code. If you trust it, convert it: python -c \"import "
+               "torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
 
 
 def _read_file(path):
@@ -690,12 +648,11 @@ def _read_file(path):
         zipped = start[:2] == b"PK"
         if zipped:
             with zipfile.ZipFile(path) as archive:
-                root = next((name[:-13] for name in archive.namelist() if name.endswith("/constants.pkl")), None)
-                stored = [entry for entry in archive.infolist() if not entry.filename.startswith(f"{root}code/")]
-                if sum(entry.file_size for entry in stored) > os.path.getsize(path):
-                    raise ValueError("the archive is compressed")  # torch compresses only code
-                if root is not None:
-                    return _read_torchscript(archive, root)
+                entries = archive.infolist()
+            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+                raise ValueError(TORCHSCRIPT)
+            if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+                raise ValueError("the archive is compressed, which torch.save does not do")
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
             return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except FileNotFoundError:
@@ -704,8 +661,9 @@ def _read_file(path):
         raise ValueError(f"{path} cannot be read: {e.strerror or e}") from None
     except Exception as e:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(e))
-        raise ValueError(f"{path} is refused: it asks to load {unsafe[1]}, which could run code" if unsafe else
-                         f"{path} is corrupt, or not a file of weights") from None
+        reason = (str(e) if str(e) == TORCHSCRIPT else f"is refused: it asks to load {unsafe[1]}, which could run code"
+                  if unsafe else "is corrupt, or not a file of weights")
+        raise ValueError(f"{path} {reason}") from None
 
 
 # ---------------------------------------------------------------- weights in and out ----
@@ -804,7 +762,7 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
     """Load a file of ViT weights -> Weights. Raises ValueError, one line, for a file that cannot be loaded exactly.
 
     Known files: checkpoints of this project and of the authors' release, MAE, DINO, DINOv2, timm (with its DINOv2 and
-    CLIP), OpenAI's CLIP (TorchScript or state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file
+    CLIP), OpenAI's CLIP (as a state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file
     is run. key: the part to take from a file with several, such as "student" in DINO's full checkpoint.
     LayerScale is folded into the linear layer before it, CLIP's image statistics into the patch embedding."""
     file = _read_file(path)

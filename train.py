@@ -528,7 +528,7 @@ NAMES = {"total_batch": "the total batch (--batch_size x --accum_iter x processe
 
 def check_config(path, old: dict, new: dict):
     """Refuse to resume with settings that change the result. More epochs are allowed, and reported."""
-    for name in sorted(new.keys() - FREE):
+    for name in sorted(new.keys() - FREE, key=lambda name: (name in NAMES, name)):
         if old.get(name) != new[name]:
             raise ValueError(f"{path} was made with another value of {NAMES.get(name, '--' + name)}: {old.get(name)}, "
                              f"now {new[name]}. Repeat the command as it was, or choose another --output_dir")
@@ -544,10 +544,10 @@ class Run:
     """One training run: its model, optimiser and step; its files in --output_dir; signals and progress.
 
     The run resumes from last.pt if the folder has one. train() below shows how it is used. images: how many there are
-    to train on; ema: a module that is saved with the model; state: further values to save. Raises ValueError, OSError.
+    to train on; ema: a module that is saved with the model. Raises ValueError or OSError.
     """
 
-    def __init__(self, args, model, optimizer, images: int, ema=None, **state):
+    def __init__(self, args, model, optimizer, images: int, ema=None):
         self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema
         if images < WORLD:
             raise ValueError(f"--data {args.data}: {images} images are fewer than {WORLD} processes")
@@ -559,7 +559,7 @@ class Run:
         self.config = vars(args) | dict(total_batch=self.total_batch, images=images) | {
             f"{name}_hash": file_hash(getattr(args, name, None)) for name in ("checkpoint", "init_weights", "teacher")}
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
-        self.state = dict(step=0, seconds=0.0) | state
+        self.step, self.seconds, self.best = 0, 0.0, -1.0  # finished steps, training time, best score of eval.py
         self.folder = Path(args.output_dir)
         self.last = self.folder / "last.pt"
         self.signalled = self.stopping = self.save_due = False
@@ -575,11 +575,6 @@ class Run:
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
         self.forward = model if WORLD == 1 else DistributedDataParallel(
             model, gradient_as_bucket_view=True, bucket_cap_mb=100)
-
-    @property
-    def step(self) -> int:
-        """The number of finished steps."""
-        return self.state["step"]
 
     @property
     def epoch(self) -> float:
@@ -621,7 +616,7 @@ class Run:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             if self.ema:
                 self.ema.load_state_dict(checkpoint["ema"])
-            self.state = {name: checkpoint[name] for name in self.state}
+            self.step, self.seconds, self.best = (checkpoint[name] for name in ("step", "seconds", "best"))
             say(f"{source}: resuming after step {self.step} of {self.last_step}" if not self.finished else
                 f"{source}: all {self.step} steps are done, nothing to train")
         log = self.folder / "log.jsonl"
@@ -632,9 +627,9 @@ class Run:
     def steps(self, views: Views):
         """Yield (step, micro_batches) until the last step, --stop_after or a signal. Iterate once over micro_batches
         in each step: it yields (images (n, 3, H, W) normalised, labels (n,)) on the device, accum_iter times."""
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         batches = iter(make_loader(views, self.args.workers, batch_sampler=Batches(
             len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.last_step)))
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=RANK > 0,
                         **({} if sys.stderr.isatty() else PLAIN_LINES))
         try:
@@ -701,7 +696,7 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.state["step"] += 1
+        self.step += 1
         self.stopping = stop > 0
         self.save_due = save > 0 or self.stopping or self.step == self.end
         return measures
@@ -710,7 +705,7 @@ class Run:
         """Count the step's time; every tenth step, write a line to log.jsonl and show the progress. Whatever follows
         in the loop, as evaluation and saving, does not count as training time."""
         self.recent.append(time.monotonic() - self.started)
-        self.state["seconds"] += self.recent[-1]
+        self.seconds += self.recent[-1]
         self.bar.update()
         if self.step % 10 and self.step != self.end:
             return
@@ -735,7 +730,7 @@ class Run:
         if name == "last.pt":
             self.saved = time.monotonic()
             checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                               ema=self.ema.state_dict() if self.ema else {}, **self.state)
+                               ema=self.ema.state_dict() if self.ema else {}, seconds=self.seconds, best=self.best)
         if RANK == 0:
             try:
                 save_checkpoint(self.folder / name, checkpoint | more)
@@ -778,13 +773,13 @@ def collect(values: list, labels: list, total: int) -> tuple[torch.Tensor, torch
 
 
 @torch.no_grad()
-def features(model, images: Images, args, indices=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The frozen features of a ViT: ([CLS] and the mean of the patch tokens, (n, 2, D); labels (n,))."""
+def features(model, images: Images, args, pools, indices=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The frozen features of a ViT, pooled in P ways ("cls", "mean"): (n, P, D), and the labels (n,)."""
     values, labels = [], []
     for batch, label in eval_batches(images, args, indices):
         with autocast(args.precision):
             tokens = model.tokens(batch)
-        values.append(torch.stack([pool_tokens(tokens, "cls"), pool_tokens(tokens, "mean")], dim=1))
+        values.append(torch.stack([pool_tokens(tokens, pool) for pool in pools], dim=1))
         labels.append(label)
     return collect(values, labels, len(images if indices is None else indices))
 
@@ -808,11 +803,12 @@ def evenly(images: Images, count: int) -> torch.Tensor:
 
 def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, float]:
     """k-NN top-1 in % of at most --knn_images images of val, by [CLS] and by the mean of the patch tokens."""
-    bank, labels = features(model, train_images, args, evenly(train_images, args.knn_images))
-    queries, truth = features(model, val, args, evenly(val, args.knn_images))
+    pools = ("cls", "mean")
+    bank, labels = features(model, train_images, args, pools, evenly(train_images, args.knn_images))
+    queries, truth = features(model, val, args, pools, evenly(val, args.knn_images))
     k, classes = min(20, len(bank)), len(train_images.classes)
     return {f"knn_{pool}": 100 * (knn_votes(queries[:, i], bank[:, i], labels, classes, k).argmax(1) == truth)
-            .float().mean().item() for i, pool in enumerate(("cls", "mean"))}
+            .float().mean().item() for i, pool in enumerate(pools)}
 
 
 def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torch.Tensor]:
@@ -939,7 +935,7 @@ def save_samples(run: "Run", model: SemAIM, teacher, images: torch.Tensor):
 def load_initial_weights(model: SemAIM, path):
     """Start from the weights of a file, as far as their names match, and report the rest."""
     weights, own = load_weights(path), model.state_dict()
-    say(f"{path}: {weights.summary}")
+    say(weights.summary)
     for name in weights.keys() & own.keys():
         if weights[name].shape != own[name].shape:
             raise ValueError(f"{path}: {name} is {tuple(weights[name].shape)}, but the model's is "
@@ -958,7 +954,7 @@ def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
     if args.target in ("dino", "clip"):
         teacher = load_teacher(args.target, args.teacher, args.teacher_heads, args.img_size // args.patch_size,
                                args.teacher_activation).to(DEVICE)
-        say(f"{args.teacher}: {teacher.summary}")
+        say(teacher.summary)
     model = SemAIM(**size, target_dim=teacher.width if teacher else None,
                    **{name: getattr(args, name) for name in names}).to(DEVICE)
     if args.init_weights:
@@ -1029,7 +1025,7 @@ def train(args):
     if run.finished:
         evaluate(run, teacher, data, val)
         data.report_unreadable()
-        say(f"done: {run.last_step} steps in {run.state['seconds'] / 60:.1f} min; see {run.folder / 'samples.png'}")
+        say(f"done: {run.last_step} steps in {run.seconds / 60:.1f} min; see {run.folder / 'samples.png'}")
 
 
 # ---------------------------------------------------------------- command line ----
