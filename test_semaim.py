@@ -1083,8 +1083,8 @@ def test_what_happens_to_each_wart(tmp_path, monkeypatch, capsys):
             happened[name] = f"decoded: {top} above {bottom}" if top != bottom else f"decoded: {top}"
     bad = list(happened.values()).count("named, counted, left out")
     assert f"{bad} of {len(images)} files were skipped, not readable as images" in said
-    table = "".join(f"| {name} | {what} |\n" for name, what in happened.items())
-    table = "| in the folder | what happened |\n|---|---|\n" + table
+    rows = {what: "; ".join(name for name in happened if happened[name] == what) for what in happened.values()}
+    table = "| what happened | file |\n|---|---|\n" + "".join(f"| {what} | {names} |\n" for what, names in rows.items())
     assert table in (Path(train.__file__).parent / "README.md").read_text(), table
 
 
@@ -1748,16 +1748,101 @@ def test_a_process_that_fails_brings_all_down_and_a_restart_goes_on(splits):
 
 
 README = (Path(__file__).parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+MARKS = ("torch.save(encoder_weights", "def least_first", "list_images(", "def teacher", "MaskRCNN(")  # one per block
 
 
-def test_readme_code_runs(tmp_path, monkeypatch):
+def readme_block(mark, changes=()):
+    """Run README's python block that contains `mark`, with some texts replaced to make it faster, and return its names."""
+    block, = (block for block in BLOCKS if mark in block)
+    for old, new in changes:
+        assert old in block
+        block = block.replace(old, new)
+    names = {}
+    exec(block, names)
+    return names
+
+
+@pytest.fixture
+def readme_loop(tmp_path, monkeypatch):
+    """The names of README's training loop, in a folder that then has its encoder.pth."""
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names = {}
-        exec(block, names)
-    assert names["tokens"].shape == (16, 65, 128) and Path("encoder.pth").exists()
+    return readme_block("torch.save(encoder_weights")
+
+
+def test_every_readme_block_is_tested():
+    assert [sum(mark in block for mark in MARKS) for block in BLOCKS] == [1] * len(MARKS)
+
+
+def test_readme_training_loop(readme_loop):
+    model, images = readme_loop["model"], readme_loop["images"]
+    weights = torch.load("encoder.pth", weights_only=True)
+    vit = ViT(64, 8, 128, 4, 2)
+    vit.load_state_dict(weights)
+    torch.testing.assert_close(vit.tokens(images), model.tokens(images))
+    assert not torch.equal(weights["blocks.0.attn.qkv.weight"], SemAIM(64, 8, 128, 4, 2, 2).blocks[0].attn.qkv.weight)
+
+
+def test_readme_order(tmp_path, monkeypatch):
+    names = readme_block("def least_first")
+    out = names["model"](torch.randn(2, 3, 64, 64))
+    assert out.order.sort(1).values.equal(torch.arange(64).expand(2, 64))
+    assert (out.similarity.gather(1, out.order).diff() >= 0).all()
+    monkeypatch.setitem(ORDERS, "least_first", names["least_first"])
+    assert run(tmp_path, "--order", "least_first", "--stop_after", "1")["config"]["order"] == "least_first"
+
+
+def test_readme_features(readme_loop):
+    Path("photos", "deeper").mkdir(parents=True)
+    for i, size in enumerate(((90, 60), (60, 200), (64, 64))):
+        Image.effect_noise(size, 50).save(Path("photos", *["deeper"] * (i == 2), f"{i}.jpg"))
+    names = readme_block("list_images(", [("64)", "2)"), ("i + 64", "i + 2")])
+    features = torch.cat(names["features"])
+    assert features.shape == (3, 128) and [Path(path).name for path in names["paths"]] == ["0.jpg", "1.jpg", "2.jpg"]
+    image = train.normalise(train.eval_view(train.decode("photos/1.jpg"), 64)[None])
+    torch.testing.assert_close(features[1], readme_loop["model"].to(train.DEVICE).tokens(image)[0, 1:].mean(0))
+
+
+def test_readme_teacher():
+    pytest.importorskip("timm")
+    names = readme_block("def teacher", [("num_classes=0", "num_classes=0, depth=1"), ("depth=12", "depth=12, query_depth=1")])
+    tokens = names["teacher"](names["images"])
+    assert tokens.shape == (2, 197, 768) and not tokens.requires_grad
+    model = names["model"]
+    assert model(names["images"], teacher_tokens=tokens).similarity.equal(similarity_map(tokens, "gap"))
+    assert model.blocks[0].attn.qkv.weight.grad.norm() > 0
+    assert all(p.grad is None for p in names["backbone"].parameters())
+
+
+def test_readme_detection(readme_loop):
+    block, = (block for block in BLOCKS if "MaskRCNN(" in block)
+    assert len(block.splitlines()) <= 35
+    names = readme_block("MaskRCNN(", [("SIZE = 1024", "SIZE = 64"), ("out=256", "out=32")])
+    model, vit = names["model"], names["vit"]
+    assert vit.blocks[0].attn.qkv.weight.equal(readme_loop["model"].blocks[0].attn.qkv.weight)
+    maps = model.backbone(torch.randn(1, 3, 64, 64))
+    assert [tuple(x.shape[1:]) for x in maps.values()] == [(32, size, size) for size in (32, 16, 8, 4, 2)]
+    model.rpn._pre_nms_top_n = model.rpn._post_nms_top_n = dict(training=50, testing=10)  # few boxes are faster
+    model.roi_heads.fg_bg_sampler.batch_size_per_image = 16
+    images, targets = [torch.rand(3, 90, 120), torch.rand(3, 100, 80)], []
+    for _, height, width in (image.shape for image in images):
+        masks = torch.zeros(2, height, width, dtype=torch.uint8)
+        masks[0, 10:60, 5:50], masks[1, 20:80, 30:70] = 1, 1
+        targets.append(dict(boxes=torch.tensor([[5.0, 10, 50, 60], [30, 20, 70, 80]]), masks=masks,
+                            labels=torch.tensor([1, 2])))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    losses = model(images, targets)
+    assert len(losses) == 5 and all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    for p in (vit.cls_token, vit.pos_embed, vit.patch_embed.proj.weight, *vit.blocks[0].parameters()):
+        assert p.grad.isfinite().all() and p.grad.norm() > 0
+    optimizer.step()
+    model.eval()
+    model.roi_heads.score_thresh = 0.0  # after one step, no score is high
+    with torch.no_grad():
+        for image, found in zip(images, model(images)):
+            assert len(found["boxes"]) > 0 and found["boxes"].shape[1:] == (4,)
+            assert found["masks"].shape == (len(found["boxes"]), 1, *image.shape[1:])
 
 
 def test_readme_commands_parse(pretrained):
