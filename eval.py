@@ -44,6 +44,8 @@ NANO = {
     "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1.0, blr=2e-3, layer_decay=0.75, drop_path=0.0,
                      crop_min=0.6, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0),
 }
+TASKS = {"knn": "weighted k-NN on frozen features", "linear": "train a linear classifier on frozen features",
+         "finetune": "train the whole network with labels", "show": "draw similarity, order and prediction"}
 
 
 # ---------------------------------------------------------------- models ----
@@ -349,7 +351,7 @@ def show(args, weights):
         rows |= train.decoder_rows(decoder.to(DEVICE), batch, decoder(batch, order))
     path = Path(args.output_dir) / "show.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    train.draw(path, rows, cell=max(224, 1344 // len(pictures)) if len(pictures) < 6 else 224)
+    train.draw(path, rows, cell=400 if len(pictures) < 4 else 224)
     statistics = {} if args.images else train.order_statistics(vit, data, anchor, args)
     report(args, picture=str(path), anchor=anchor, **statistics)
 
@@ -430,7 +432,7 @@ def parse_args(argv=None):
     recipes = {task: recipe | size | (NANO[task] if size["arch"] == "vit_nano" else {})
                for task, recipe in RECIPES.items()}
     for task, recipe in recipes.items():
-        add_task_flags(tasks.add_parser(task, parents=[first]), task, recipe)
+        add_task_flags(tasks.add_parser(task, parents=[first], help=TASKS[task]), task, recipe)
     args = parser.parse_args(argv)
     for name in ("arch", "patch_size"):
         if weights is not None and getattr(args, name) not in (None, size[name]):

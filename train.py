@@ -64,15 +64,13 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device(
     "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
-
-# How tqdm shows the progress in a log file
-PLAIN_LINES = dict(mininterval=30, bar_format="step {n_fmt} of {total_fmt}{postfix}, {remaining} left\n")
+TERMINAL = RANK == 0 and sys.stderr.isatty()  # progress bars only there; plain lines in a log file
 
 
 def say(message: str):
     """Print a line on stderr, from the first process only and above the progress bar."""
     if RANK == 0:
-        tqdm.write(message, file=sys.stderr)
+        tqdm.write(message, sys.stderr) if TERMINAL else print(message, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- processes and devices ----
@@ -563,13 +561,13 @@ class Run:
         self.folder = Path(args.output_dir)
         self.last = self.folder / "last.pt"
         self.signalled = self.stopping = self.save_due = False
-        self.saved = time.monotonic()
+        self.saved = self.printed = time.monotonic()
         self.measures, self.recent = {}, []  # sums over micro-batches; seconds of the latest steps
         self._check_folder()
         self._resume()
         if self.total_batch < args.total_batch:
-            say(f"the total batch is {self.total_batch} instead of {args.total_batch}: {images} images, "
-                f"{WORLD} processes x {self.accum_iter} micro-batches x {self.batch} images")
+            say(f"the total batch is {self.total_batch} ({self.batch} images x {self.accum_iter} micro-batches x {WORLD} "
+                f"processes) instead of {args.total_batch}, because there are only {images} images")
         if args.epochs <= args.warmup_epochs:
             say(f"--epochs {args.epochs} is within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
@@ -630,8 +628,7 @@ class Run:
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         batches = iter(make_loader(views, self.args.workers, batch_sampler=Batches(
             len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.last_step)))
-        self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=RANK > 0,
-                        **({} if sys.stderr.isatty() else PLAIN_LINES))
+        self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=not TERMINAL)
         try:
             while self.step < self.end and not self.stopping:
                 self.started = time.monotonic()
@@ -712,7 +709,12 @@ class Run:
         speed = self.total_batch / (sum(self.recent) / len(self.recent))
         self.recent = []
         self.log(**measures, images_per_s=speed)
-        self.bar.set_postfix_str(f"loss {measures['loss']:.4f}, lr {measures['lr']:.1e}, {speed:.0f} images/s", False)
+        shown = f"loss {measures['loss']:.4f}, lr {measures['lr']:.1e}, {speed:.0f} images/s"
+        self.bar.set_postfix_str(shown, refresh=False)
+        if not TERMINAL and (time.monotonic() - self.printed > 30 or self.step == self.end):
+            self.printed = time.monotonic()
+            minutes = (self.last_step - self.step) * self.total_batch / speed / 60
+            say(f"step {self.step} of {self.last_step}, {shown}, {minutes:.0f} min left")
 
     def log(self, **values):
         """Append a line to log.jsonl."""
@@ -760,8 +762,7 @@ def eval_batches(images: Images, args, indices=None):
     views = Views(images, functools.partial(eval_view, size=args.img_size))
     loader = make_loader(views, args.workers, batch_size=args.batch_size,
                          sampler=[(0, i) for i in indices[RANK::WORLD]])
-    hidden = RANK > 0 or not sys.stderr.isatty()
-    for batch, labels, unreadable in tqdm(loader, desc="evaluating", leave=False, disable=hidden):
+    for batch, labels, unreadable in tqdm(loader, desc="evaluating", leave=False, disable=not TERMINAL):
         images.note_unreadable(unreadable)
         yield normalise(batch), torch.where(unreadable < 0, labels, -1).to(DEVICE)
 
@@ -846,7 +847,7 @@ def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, fl
     grid = math.isqrt(maps.shape[1])
     row, column = maps.argmax(1) // grid, maps.argmax(1) % grid
     mirrored = flipped.argmax(1) == row * grid + grid - 1 - column
-    return dict(position_share=share.item(), mirrored=mirrored.float().mean().item())
+    return dict(position_share=round(share.item(), 4), mirrored=round(mirrored.float().mean().item(), 4))
 
 
 def evaluate(run: "Run", teacher, train_images: Images, val: Images | None):
@@ -878,19 +879,18 @@ def heat(maps: torch.Tensor) -> torch.Tensor:
 def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
     """Save labelled rows of pictures. rows: label -> images (N, 3, h, w) in [0, 1], maps (N, L), or an order (N, L)
     long, whose steps are written on the patches if there is room."""
-    label, pitch = 150, cell + 6
+    label, pitch, font = max(150, cell * 2 // 3), cell + 6, ImageFont.load_default(max(15, cell // 14))
     canvas = Image.new("RGB", (label + pitch * len(next(iter(rows.values()))), 6 + pitch * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
     for r, (name, row) in enumerate(rows.items()):
-        pen.text((10, 6 + r * pitch + cell // 2), name, "black", ImageFont.load_default(15), "lm")
-        rank = None if row.dtype != torch.long else row.argsort(1).cpu()
-        row = (row if rank is None else -rank).float().cpu()
+        pen.text((10, 6 + r * pitch + cell // 2), name, "black", font, "lm")
+        rank = row.argsort(1).tolist() if row.dtype == torch.long else None
+        row = (row if rank is None else -row.argsort(1)).float().cpu()
         for c, picture in enumerate(heat(row) if row.ndim == 2 else row.clamp(0, 1)):
-            left, top = label + c * pitch, 6 + r * pitch
+            left, top, patch = label + c * pitch, 6 + r * pitch, cell / picture.shape[-1]
             tile = v2.functional.to_pil_image(picture).resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(tile, (left, top))
-            patch = cell / picture.shape[-1]
-            for i, step in enumerate(rank[c].tolist() if rank is not None and patch >= 14 else ()):
+            for i, step in enumerate(rank[c] if rank and patch >= 14 else ()):
                 y, x = divmod(i, picture.shape[-1])
                 pen.text((left + (x + 0.5) * patch, top + (y + 0.5) * patch), str(step + 1),
                          "black" if step < len(rank[c]) / 2 else "white", ImageFont.load_default(patch / 2.2), "mm")
@@ -1151,7 +1151,9 @@ def user_errors():
     try:
         yield
     except (ValueError, OSError) as e:  # an error in a loader worker ends with its message, after a traceback
-        raise SystemExit("error: " + re.sub(r"^\w+Error: ", "", str(e).strip().splitlines()[-1])) from None
+        message = re.sub(r"^\w+Error: ", "", str(e).strip().splitlines()[-1])
+        named = isinstance(e, OSError) and e.filename  # an error of the operating system
+        raise SystemExit(f"error: {e.filename}: {e.strerror}" if named else f"error: {message}") from None
     except RuntimeError as e:
         if "out of memory" not in str(e).lower() and "not enough memory" not in str(e):
             raise
