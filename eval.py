@@ -74,7 +74,7 @@ class Probe(nn.Module):
 
 
 def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
-    """A linear layer with truncated normal weights of that std and no bias at first."""
+    """Make a linear layer with truncated normal weights of that std and no bias at first."""
     head = nn.Linear(dim, classes)
     nn.init.trunc_normal_(head.weight, std=std)
     nn.init.zeros_(head.bias)
@@ -82,7 +82,7 @@ def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
 
 
 def make_encoder(args, weights, **options) -> ViT:
-    """A ViT with the weights of --checkpoint, its positions interpolated to --img_size, or with random weights."""
+    """Build a ViT with the weights of --checkpoint, positions interpolated to --img_size, or with random weights."""
     if weights is None:
         size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
         return ViT(args.img_size, args.patch_size, **size, **options)
@@ -97,7 +97,7 @@ def make_encoder(args, weights, **options) -> ViT:
 
 
 def make_classifier(args, weights, classes: int) -> nn.Module:
-    """The model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes)."""
+    """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes)."""
     head = "head.1" if args.task == "linear" else "head"
     if args.eval_only:
         rows = len(weights.get(f"{head}.weight", ()))
@@ -117,7 +117,7 @@ def make_classifier(args, weights, classes: int) -> nn.Module:
 
 
 def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Parameter groups whose "scale" of the learning rate is layer_decay^(depth + 1 - layer): layer 0 is what comes
+    """Make parameter groups with a "scale" of the learning rate, layer_decay^(depth + 1 - layer): layer 0 is what comes
     before the blocks, i + 1 is blocks.i, depth + 1 what comes after. No weight decay for 1-D parameters, cls_token and
     pos_embed."""
     groups = {}
@@ -137,13 +137,13 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
 
 
 def probe_view(size: int) -> v2.Transform:
-    """The linear probe's view: resize to 256/224 of the size, random crop and flip."""
+    """Make the linear probe's view: resize to 256/224 of the size, random crop and flip."""
     return v2.Compose([v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC, antialias=True), v2.RandomCrop(size),
                        v2.RandomHorizontalFlip()])
 
 
 def finetune_view(args) -> v2.Transform:
-    """The fine-tuning view: random crop and flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing."""
+    """Make the fine-tuning view: random crop and flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing."""
     grey = [round(255 * x) for x in MEAN]
     return train.random_crop(
         args.img_size, args.crop_min,
@@ -156,13 +156,13 @@ def finetune_view(args) -> v2.Transform:
 
 
 def score(guesses: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """The five best guesses (n, 5) and the labels (n,) -> top1 and top5 in %."""
+    """Compute top1 and top5 in % from the five best guesses (n, 5) and the labels (n,)."""
     hit = (guesses == truth[:, None]).cpu().double()
     return dict(top1=round(100 * hit[:, 0].mean().item(), 3), top5=round(100 * hit.sum(1).mean().item(), 3))
 
 
 def best_five(scores: torch.Tensor) -> torch.Tensor:
-    """The classes with the highest scores (n, classes), best first: (n, 5), or fewer if there are fewer."""
+    """Return the classes with the highest scores (n, classes), best first: (n, 5), or fewer if there are fewer."""
     return scores.topk(min(5, scores.shape[1])).indices
 
 
@@ -191,7 +191,7 @@ def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list
 
 @torch.no_grad()
 def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """The five best guesses (n, 5) for all images, in evaluation mode, and their labels (n,)."""
+    """Predict the five best classes (n, 5) of all images, in evaluation mode; also return the labels (n,)."""
     for buffer in model.buffers() if WORLD > 1 else ():  # each process has its own BatchNorm statistics
         dist.broadcast(buffer, 0)
     was_training = model.training
@@ -209,7 +209,7 @@ def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torc
 
 
 def knn(args, weights, data: Images, val: Images):
-    """Weighted k-NN on frozen features, for each of --k."""
+    """Evaluate weighted k-NN on frozen features, for each of --k."""
     vit = make_encoder(args, weights).to(DEVICE).eval()
     bank, labels = train.features(vit, data, args, [args.pool])
     if max(args.k) > len(bank):
@@ -240,7 +240,7 @@ def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], 
 
 
 def linear_cached(args, weights, data: Images, val: Images):
-    """The linear probe on features that are computed once, without augmentation. A held-out tenth of the training set
+    """Train the linear probe on features that are computed once, without augmentation. A held-out tenth of the data
     chooses the learning rate; then the classifier is trained again on all of it. Every process does the same."""
     classes = len(data.classes)
     probe = Probe(make_encoder(args, weights), args.pool, classes).to(DEVICE).eval()
@@ -311,7 +311,7 @@ def train_classifier(args, weights, data: Images, val: Images):
 
 
 def make_decoder(args, weights) -> SemAIM | None:
-    """The whole SemAIM model of --checkpoint if the file has one that predicts pixels, else None."""
+    """Build the whole SemAIM model of --checkpoint if the file has one that predicts pixels, else None."""
     out = next((len(weights[f"prediction_head.{name}weight"]) for name in ("fc2.", "")
                 if f"prediction_head.{name}weight" in weights), 0)
     if out != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
@@ -360,7 +360,7 @@ def show(args, weights):
 
 
 def stratified(data: Images, fraction: float, seed: int) -> Images:
-    """The same fraction of every class, drawn by the seed."""
+    """Draw the same fraction of every class, by the seed."""
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     kept = []
     for label, name in enumerate(data.classes):
@@ -372,7 +372,7 @@ def stratified(data: Images, fraction: float, seed: int) -> Images:
 
 
 def model_size(weights, arch: str | None, heads: int | None) -> dict:
-    """arch, img_size and patch_size of the checkpoint, or of --arch for random weights."""
+    """Return arch, img_size and patch_size of the checkpoint, or of --arch for random weights."""
     if weights is None:
         arch = arch or "vit_nano"
         return dict(arch=arch, patch_size=ARCHS[arch]["patch_size"],
@@ -384,7 +384,7 @@ def model_size(weights, arch: str | None, heads: int | None) -> dict:
 
 
 def add_task_flags(parser: Parser, task: str, recipe: dict):
-    """The flags of one task, with the recipe's values as defaults."""
+    """Add the flags of one task, with the recipe's values as defaults."""
     train.add_shared_flags(parser, recipe)
     add = parser.add_argument_group("evaluation").add_argument
     if task == "show":
@@ -459,7 +459,7 @@ def parse_args(argv=None):
 
 
 def evaluate(args, weights):
-    """One evaluation, from the command line's arguments to the JSON line."""
+    """Run one evaluation, from the command line's arguments to the JSON line."""
     train.join_processes()
     if weights is not None:
         say(weights.summary)
@@ -472,8 +472,8 @@ def evaluate(args, weights):
         raise ValueError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
     if args.label_fraction < 1:
         data = stratified(data, args.label_fraction, args.seed)
-    say(f"{args.task} of {args.arch} at {args.img_size} px on {args.data}: {len(data):,} images for training, {len(val):,} "
-        f"for the score, {WORLD} x {DEVICE.type} in {args.precision}, results in {args.output_dir}")
+    say(f"{args.task} of {args.arch} at {args.img_size} px on {args.data}: {len(data):,} images for training, "
+        f"{len(val):,} for the score, {WORLD} x {DEVICE.type} in {args.precision}, results in {args.output_dir}")
     if args.task == "knn":
         knn(args, weights, data, val)
     elif args.task == "linear" and args.cache_features and not args.eval_only:

@@ -103,7 +103,7 @@ def join_processes():
 
 
 def autocast(precision: str):
-    """The mixed-precision context of a forward pass. It caches no casts: each weight is used once, and with
+    """Return the mixed-precision context of a forward pass. It caches no casts: each weight is used once, and with
     --grad_checkpointing the cache would need more memory than the activations."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
     return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32", cache_enabled=False)
@@ -122,7 +122,7 @@ def gather(shard: torch.Tensor, total: int) -> torch.Tensor:
 
 
 def from_all(value) -> list:
-    """The values that the processes hold, in order of rank."""
+    """Return the values that all processes hold, in order of rank."""
     values = [value]
     if WORLD > 1:
         values = [None] * WORLD
@@ -217,15 +217,15 @@ class Images:
         return len(self.items)
 
     def path(self, index: int) -> str:
-        """The path of a file; of an image in memory, its number."""
+        """Return the path of a file, or the number of an image in memory."""
         return f"image {index}" if torch.is_tensor(self.items) else os.fsdecode(self.items[index])
 
     def load(self, index: int) -> torch.Tensor:
-        """One image, uint8 (3, H, W)."""
+        """Read one image, uint8 (3, H, W)."""
         return self.items[index] if torch.is_tensor(self.items) else decode(self.path(index))
 
     def subset(self, indices: torch.Tensor) -> "Images":
-        """The images at indices (n,)."""
+        """Select the images at indices (n,)."""
         items = self.items[indices] if torch.is_tensor(self.items) else [self.path(i) for i in indices.tolist()]
         return Images(items, None if self.labels is None else self.labels[indices], self.classes)
 
@@ -286,7 +286,7 @@ def load_torchvision(data: str, split: str, data_root: str) -> Images:
 
 
 def list_images(folder: Path) -> list[str]:
-    """All image files below a folder, sorted."""
+    """List all image files below a folder, sorted."""
     paths = sorted(f"{place}{os.sep}{name}" for place, _, names in os.walk(folder, followlinks=True)
                    for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     if not paths:
@@ -295,7 +295,7 @@ def list_images(folder: Path) -> list[str]:
 
 
 def load_folder(folder: Path, classes=None) -> Images:
-    """Images of FOLDER/CLASS/*, or unlabelled ones if FOLDER has no class folders."""
+    """Find the images of FOLDER/CLASS/*, or unlabelled ones if FOLDER has no class folders."""
     paths = list_images(folder)
     skip = len(str(folder)) + 1
     names = [path[skip:].split(os.sep)[0] for path in paths]
@@ -322,20 +322,20 @@ def load_folder(folder: Path, classes=None) -> Images:
 
 
 def random_crop(size: int, smallest: float = 0.2, *more) -> v2.Transform:
-    """The pre-training augmentation: a random crop of `smallest` to 1 of the area, resized, and a random flip; then
-    `more` transforms. uint8 (3, H, W) -> uint8 (3, size, size)."""
+    """Make the pre-training augmentation: a random crop of `smallest` to 1 of the area, resized, and a random flip;
+    then `more` transforms. uint8 (3, H, W) -> uint8 (3, size, size)."""
     return v2.Compose([v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=InterpolationMode.BICUBIC,
                                             antialias=True), v2.RandomHorizontalFlip(), *more])
 
 
 def resize(image: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """Bicubic resize, with antialiasing, of the short side to [size], or of both to [height, width]."""
+    """Resize with bicubic interpolation and antialiasing: the short side to [size], or both to [height, width]."""
     return v2.functional.resize(image, size, InterpolationMode.BICUBIC, antialias=True)
 
 
 def eval_view(image: torch.Tensor, size: int) -> torch.Tensor:
-    """The evaluation view: resize the short side to 256/224 of the size and crop the centre. Squares of at most 64
-    pixels, as in data sets of small images, are resized whole. uint8 (3, H, W) -> uint8 (3, size, size)."""
+    """Make the evaluation view: resize the short side to 256/224 of the size and crop the centre. Squares of at most
+    64 pixels, as in data sets of small images, are resized whole. uint8 (3, H, W) -> uint8 (3, size, size)."""
     height, width = image.shape[1:]
     if height == width <= 64:
         return resize(image, [size, size])
@@ -397,7 +397,7 @@ class Batches(Sampler):
 
 
 def make_loader(views: Views, workers: int, **sampling) -> DataLoader:
-    """A DataLoader over keys. sampling: batch_sampler=, or sampler= and batch_size=."""
+    """Make a DataLoader over keys. sampling: batch_sampler=, or sampler= and batch_size=."""
     # fork shares the list of files between the workers; it is not the default of every Python
     fork = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(views, num_workers=workers, pin_memory=DEVICE.type == "cuda", worker_init_fn=ignore_signals,
@@ -413,12 +413,12 @@ def ignore_signals(_):
 
 @functools.cache
 def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """ImageNet's mean and standard deviation, each (3, 1, 1), copied to the device once."""
+    """Return ImageNet's mean and standard deviation, each (3, 1, 1), copied to the device once."""
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) -> float, normalised, on the device. Does not wait for the copy if the memory is pinned."""
+    """Normalise images: uint8 (N, 3, H, W) -> float on the device. Does not wait for a copy from pinned memory."""
     mean, std = mean_and_std(DEVICE)
     return (images.to(DEVICE, non_blocking=DEVICE.type == "cuda").float() / 255 - mean) / std
 
@@ -434,7 +434,7 @@ def split_batch(total: int, largest: int, processes: int) -> tuple[int, int]:
 
 
 def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, min_lr: float = 0.0) -> float:
-    """The learning rate at a fractional epoch: linear warm-up from 0, then half a cosine down to min_lr."""
+    """Return the learning rate at a fractional epoch: linear warm-up from 0, then half a cosine down to min_lr."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
@@ -442,18 +442,18 @@ def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, 
 
 
 def ema_decay(epoch: float) -> float:
-    """The decay of the "ema" teacher: 0.999, rising to 0.9999 over the first 100 epochs."""
+    """Return the decay of the "ema" teacher: 0.999, rising to 0.9999 over the first 100 epochs."""
     return 0.999 + 0.0009 * min(epoch / 100, 1)
 
 
 def adamw(groups: list[dict], betas: tuple[float, float], lr: float = 0.0) -> torch.optim.AdamW:
-    """AdamW, fused into one kernel where the device has it. The training loop sets the learning rate."""
+    """Make AdamW, fused into one kernel where the device has it. The training loop sets the learning rate."""
     fused = groups[0]["params"][0].device.type in ("cuda", "cpu") or None
     return torch.optim.AdamW(groups, lr, betas, fused=fused)
 
 
 def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.AdamW:
-    """AdamW for pre-training, without weight decay for biases and other 1-D parameters."""
+    """Make AdamW for pre-training, without weight decay for biases and other 1-D parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return adamw([dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
                   dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)], (0.9, 0.95), lr)
@@ -463,7 +463,7 @@ def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.A
 
 
 def previous(path: Path) -> Path:
-    """Where the checkpoint that a new one replaces is kept: last.pt -> last.previous.pt."""
+    """Return where the checkpoint that a new one replaces is kept: last.pt -> last.previous.pt."""
     return path.with_stem(path.stem + ".previous")
 
 
@@ -509,7 +509,7 @@ def load_checkpoint(path) -> dict:
 
 
 def file_hash(path) -> str | None:
-    """SHA-256 of a file's bytes, which tells one file from another whatever its name; None without a path."""
+    """Compute the SHA-256 of a file's bytes, which identifies it whatever its name; None without a path."""
     return path and hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
@@ -539,7 +539,7 @@ def check_config(path, old: dict, new: dict):
 
 
 class Run:
-    """One training run: its model, optimiser and step; its files in --output_dir; signals and progress.
+    """A training run: its model, optimiser and step, its files in --output_dir, signals and progress.
 
     The run resumes from last.pt if the folder has one. train() below shows how it is used. images: how many there are
     to train on; ema: a module that is saved with the model. Raises ValueError or OSError.
@@ -566,8 +566,8 @@ class Run:
         self._check_folder()
         self._resume()
         if self.total_batch < args.total_batch:
-            say(f"the total batch is {self.total_batch} ({self.batch} images x {self.accum_iter} micro-batches x {WORLD} "
-                f"processes) instead of {args.total_batch}, because there are only {images} images")
+            say(f"the total batch is {self.total_batch} ({self.batch} images x {self.accum_iter} micro-batches x "
+                f"{WORLD} processes) instead of {args.total_batch}, because there are only {images} images")
         if args.epochs <= args.warmup_epochs:
             say(f"--epochs {args.epochs} is within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
@@ -664,7 +664,7 @@ class Run:
             group["lr"] = lr * group.get("scale", 1.0)
 
     def backward(self, loss: torch.Tensor, **measures: torch.Tensor):
-        """Backward pass of a micro-batch; gradients add up to those of the mean loss. measures: scalars to average."""
+        """Add the gradients of one of accum_iter micro-batches. measures: further scalars to average and log."""
         self.scaler.scale(loss / self.accum_iter).backward()
         for name, value in (dict(loss=loss) | measures).items():
             self.measures[name] = self.measures.get(name, 0.0) + value.detach() / self.accum_iter
@@ -743,7 +743,7 @@ class Run:
 
 
 def step_of(line: str) -> float:
-    """The step of a line of log.jsonl; infinite if the line is incomplete."""
+    """Read the step of a line of log.jsonl; infinite if the line is incomplete."""
     try:
         return json.loads(line)["step"]
     except ValueError:
@@ -775,7 +775,7 @@ def collect(values: list, labels: list, total: int) -> tuple[torch.Tensor, torch
 
 @torch.no_grad()
 def features(model, images: Images, args, pools, indices=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The frozen features of a ViT, pooled in P ways ("cls", "mean"): (n, P, D), and the labels (n,)."""
+    """Compute the frozen features of a ViT, pooled in P ways ("cls", "mean"): (n, P, D), and the labels (n,)."""
     values, labels = [], []
     for batch, label in eval_batches(images, args, indices):
         with autocast(args.precision):
@@ -786,8 +786,8 @@ def features(model, images: Images, args, pools, indices=None) -> tuple[torch.Te
 
 
 def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 256):
-    """Weighted k-NN: queries (n, D), bank (m, D), labels (m,) -> votes (n, classes). Each of the k most similar by
-    cosine votes exp(similarity / temperature). chunk: queries compared at once (ImageNet's bank: 1.3 GB)."""
+    """Classify by weighted k-NN: queries (n, D), bank (m, D), labels (m,) -> votes (n, classes). Each of the k most
+    similar by cosine votes exp(similarity / temperature). chunk: queries compared at once (ImageNet's bank: 1.3 GB)."""
     bank = F.normalize(bank, dim=1)
     votes = []
     for query in F.normalize(queries, dim=1).split(chunk):
@@ -798,12 +798,12 @@ def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: flo
 
 
 def evenly(images: Images, count: int) -> torch.Tensor:
-    """The indices of at most `count` images at equal distances."""
+    """Return the indices of at most `count` images at equal distances."""
     return torch.linspace(0, len(images) - 1, min(len(images), count)).long()
 
 
 def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, float]:
-    """k-NN top-1 in % of at most --knn_images images of val, by [CLS] and by the mean of the patch tokens."""
+    """Compute k-NN top-1 in % of at most --knn_images images of val, by [CLS] and by the mean of the patch tokens."""
     pools = ("cls", "mean")
     bank, labels = features(model, train_images, args, pools, evenly(train_images, args.knn_images))
     queries, truth = features(model, val, args, pools, evenly(val, args.knn_images))
@@ -813,8 +813,7 @@ def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, fl
 
 
 def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torch.Tensor]:
-    """What SemAIM.forward needs from the teacher, if there is one: its tokens and, for the anchor "attention", its map.
-    """
+    """Compute what SemAIM.forward needs from a teacher: its tokens and, for the anchor "attention", its map."""
     if teacher is None:
         return {}
     inputs = dict(teacher_tokens=teacher(images))
@@ -824,7 +823,7 @@ def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torc
 
 
 def anchor_map(encoder, images: torch.Tensor, anchor: str) -> torch.Tensor:
-    """The similarity map (N, L) of a ViT, or of a teacher."""
+    """Compute the similarity map (N, L) of a ViT, or of a teacher."""
     if anchor == "attention":
         return encoder.attention_map(images)
     return similarity_map(encoder.tokens(images) if isinstance(encoder, ViT) else encoder(images), anchor)
@@ -832,7 +831,8 @@ def anchor_map(encoder, images: torch.Tensor, anchor: str) -> torch.Tensor:
 
 @torch.no_grad()
 def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, float]:
-    """Does the order follow the content? Of at most 2,000 images:
+    """Measure on at most 2,000 images whether the order follows the content.
+
     position_share: the share of the variance of the similarity map (each image's mean removed) that the position alone
     explains; 1 means that all images have the same map. mirrored: the share of images whose first patch moves to its
     mirror image when the image is flipped."""
@@ -867,7 +867,7 @@ def evaluate(run: "Run", teacher, train_images: Images, val: Images | None):
 
 
 def heat(maps: torch.Tensor) -> torch.Tensor:
-    """Colour maps (N, L), each stretched to its own range, from dark violet over red to yellow: (N, 3, grid, grid)."""
+    """Turn maps (N, L), each stretched to its own range, into colours from violet to yellow: (N, 3, grid, grid)."""
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     x = rearrange((maps - low) / (high - low).clamp(min=1e-9) * 4, "n (h w) -> n h w", h=math.isqrt(maps.shape[1]))
     colours = torch.tensor([[0.03, 0.0, 0.12], [0.34, 0.06, 0.43], [0.73, 0.21, 0.33], [0.98, 0.55, 0.04],
@@ -898,7 +898,7 @@ def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
 
 
 def decoder_rows(model: SemAIM, images: torch.Tensor, out) -> dict[str, torch.Tensor]:
-    """Rows for draw(): target and prediction as pictures if the model predicts pixels, else the loss of each patch."""
+    """Make rows for draw(): target and prediction if the model predicts pixels, else the loss of each patch."""
     if model.target != "pixel":
         return {"loss\n(bright: high)": out.loss_map}
     mean, std = mean_and_std(DEVICE)
@@ -947,7 +947,7 @@ def load_initial_weights(model: SemAIM, path):
 
 
 def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
-    """The model that the command line asks for and its teacher, if it has one, on the device."""
+    """Build the model that the command line asks for and its teacher, if it has one, on the device."""
     size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
     names = ("img_size", "patch_size", "query_depth", "target", "order", "anchor", "loss", "head")
     teacher = None
@@ -970,13 +970,13 @@ def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
 
 
 def feature_spread(tokens: torch.Tensor) -> torch.Tensor:
-    """How much a teacher's features (N, 1+L, C) differ between images: 1 - |mean of the N unit vectors|^2, averaged
-    over the patches. 0 means that all images have the same features: the teacher has collapsed."""
+    """Measure how much a teacher's features (N, 1+L, C) differ between images: 1 - |mean of the N unit vectors|^2,
+    averaged over the patches. 0 means that all images have the same features: the teacher has collapsed."""
     return 1 - F.normalize(tokens[:, 1:].float(), dim=-1).mean(0).square().sum(-1).mean()
 
 
 def train(args):
-    """Pre-train a model as the command line says."""
+    """Pre-train a model as the command line says. This is the training loop."""
     join_processes()
     data = load_data(args.data, "train", args.data_root)
     val = load_data(args.data, "val", args.data_root, data.classes)
@@ -1032,7 +1032,7 @@ def train(args):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except those that are derived later and those of switches."""
+    """Show defaults in --help, except those that are derived later and those of switches."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
@@ -1049,14 +1049,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
+    """Parse an integer of at least 1, for argparse."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
 
 
 def add_shared_flags(parser: Parser, recipe: dict):
-    """The flags of train.py and eval.py, with the recipe's values as defaults."""
+    """Add the flags that train.py and eval.py share, with the recipe's values as defaults."""
     add = parser.add_argument_group("data").add_argument
     add("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--data_root", default="data", metavar="DIR", help="where torchvision's data sets are, or are downloaded to")
@@ -1073,7 +1073,7 @@ def add_shared_flags(parser: Parser, recipe: dict):
 
 
 def add_training_flags(parser: Parser, recipe: dict):
-    """The flags of everything that trains with Run."""
+    """Add the flags of everything that trains with Run."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive, default=recipe["epochs"], help="passes over the training images")
     add("--accum_iter", type=positive,
