@@ -7,6 +7,7 @@ makes, so that no file has to travel; everything else is checked against its def
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import eval as evaluation
 import semaim
@@ -1480,6 +1484,215 @@ def test_a_process_that_fails_brings_all_down_and_a_restart_goes_on(splits):
     assert "last.pt: resuming after step 3 of 6" in said
     again = torch.load(root / "broken" / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(again[name], w) for name, w in whole["model"].items())
+
+
+# ---------------------------------------------------------------- a GPU without a driver ----
+
+
+class Waits(TorchDispatchMode):
+    """Record what makes the program wait for the device: blocking copies from the host to it, and reads from it. Fake
+    tensors have no values, so reading a number returns 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.clear()
+
+    def clear(self):
+        self.copies, self.reads = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = {x.is_cpu for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.reads += [function] * (False in inputs)
+            return 0.0 if args[0].is_floating_point() else 0
+        out = function(*args, **kwargs or {})
+        outputs = {x.is_cpu for x in tree_leaves(out) if torch.is_tensor(x)}
+        if True in inputs and False in inputs | outputs and not (kwargs or {}).get("non_blocking"):
+            self.copies.append(function)
+        if False in inputs and True in outputs:
+            self.reads.append(function)
+        return out
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Run the test on a GPU whose tensors have shapes but no values, so that no driver is needed -> Waits. As on a real
+    GPU, an operation on a CPU tensor and a GPU tensor raises RuntimeError. There is no backward pass."""
+    def move(module, device):  # Module.to cannot replace fake parameters
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                part._parameters[name] = p if p is None else torch.nn.Parameter(p.detach().to(device), p.requires_grad)
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = buffer.to(device)
+        return module
+
+    def tolist(tensor):  # one copy from a real GPU, but one read per element of a fake tensor
+        waits.reads += ["tolist"] * tensor.is_cuda
+        return [0.0 if tensor.is_floating_point() else 0] * len(tensor)
+
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # the check would need values
+    monkeypatch.setitem(semaim.ARCHS, "vit_nano", semaim.ARCHS["vit_nano"] | dict(depth=2, query_depth=1))
+    constants = train.mean_and_std
+    constants.cache_clear()
+    with FakeTensorMode(), Waits() as waits:
+        yield waits
+    constants.cache_clear()
+
+
+def teacher_of(kind, *_):
+    """A random teacher with the grid of vit_nano, but another image size."""
+    size = dict(img_size=16, patch_size=4, dim=64, depth=1, heads=1)
+    return semaim.Teacher(semaim.CLIPTower(**size, out=24) if kind == "clip" else ViT(**size))
+
+
+def gpu_args(target="pixel", *flags):
+    flags += () if target in ("pixel", "ema") else ("--teacher", __file__)
+    return train.parse_args([*RUN, "--precision", "bf16", "--no-compile", "--target", target, *flags])
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("target", semaim.TARGETS)
+def test_pretraining_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch, target):
+    monkeypatch.setattr(train, "load_teacher", teacher_of)
+    for order, anchor in itertools.product(ORDERS if target == "pixel" else ["semantic"], semaim.ANCHORS):
+        args = gpu_args(target, "--order", order, "--anchor", anchor, "--grad_checkpointing")
+        model, teacher = train.make_model(args)
+        images = train.normalise(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        fake_gpu.clear()
+        with train.autocast(args.precision):
+            inputs = train.teacher_inputs(teacher, images, anchor)
+            out = model(images, **inputs)
+            maps = [train.anchor_map(encoder, images.flip(-1), anchor) for encoder in (model, teacher) if encoder]
+        spread = train.feature_spread(inputs["teacher_tokens"]) if teacher else out.loss
+        given = model(images, out.order, masked=True, **inputs)
+        if target == "ema":
+            semaim.ema_update(teacher, model, 0.999)
+        assert {x.device for x in (*out, *given, *maps, spread) if x is not None} == {train.DEVICE}
+        assert (out.similarity is None) == (order in ("stochastic", "raster", "center"))
+        assert not fake_gpu.copies and not fake_gpu.reads
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_evaluation_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch):
+    def batches(images, args, indices=None):
+        yield train.normalise(torch.zeros(4, 3, 32, 32, dtype=torch.uint8)), torch.zeros(4).long().to(train.DEVICE)
+
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "eval_batches", batches)
+        # Which rows have a label depends on values, so this collects all.
+        monkeypatch.setattr(module, "collect", lambda values, labels, total: (torch.cat(values), torch.cat(labels)))
+    images = train.Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), ["cat", "dog"])
+    flags = "--arch vit_nano --data cats --precision bf16 --no-compile --workers 0 --batch_size 4".split()
+    for task, pool in itertools.product(("linear", "finetune"), ("cls", "mean")):
+        args, _ = evaluation.parse_args([task, *flags, "--pool", pool])
+        model = evaluation.make_classifier(args, None, 2).to(train.DEVICE)
+        guesses, truth = evaluation.classify(model, images, args)
+        assert guesses.device == truth.device == train.DEVICE
+    model = model.eval()
+    args.knn_images = 4
+    assert train.knn_accuracy(model, images, images, args) == dict(knn_cls=0, knn_mean=0)  # every number reads as 0
+    for anchor in semaim.ANCHORS:
+        train.order_statistics(model, images, anchor, args)
+
+
+def steps_of(waits, monkeypatch, function, *args):
+    """Train on the fake GPU with given batches -> for each step, what was copied to the device and read from it."""
+    steps, set_learning_rate, log_step = [], train.Run.set_learning_rate, train.Run.log_step
+    batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), torch.full((4,), -1)
+    data = train.Images(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.zeros(12).long(), ["cat", "dog"])
+
+    def begin(self, lr):
+        if not steps:
+            waits.clear()  # making the model
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        set_learning_rate(self, lr)
+
+    def end(self, **measures):
+        steps.append((waits.copies, waits.reads))
+        log_step(self, **measures)
+        waits.clear()
+
+    monkeypatch.setattr(train.Run, "set_learning_rate", begin)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    monkeypatch.setattr(train.Run, "log_step", end)
+    assert train.make_loader([0], 0).pin_memory  # else a copy would wait in any case
+    monkeypatch.setattr(train, "make_loader", lambda *_, **__: itertools.repeat(batch))
+    for module, name in ((train, "evaluate"), (train, "save_samples"), (train.Run, "save"), (train, "join_processes"),
+                         (train.Images, "note_unreadable"), (evaluation, "report_score")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "load_data", lambda *_: data)
+    monkeypatch.setattr(evaluation, "classify", lambda *_: (torch.zeros(12, 5).long(), torch.zeros(12).long()))
+    function(*args)
+    return steps
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("task", ("pixel", "ema", "linear", "finetune"))
+def test_a_step_waits_for_the_gpu_once(fake_gpu, monkeypatch, tmp_path, task):
+    monkeypatch.setattr(train, "load_teacher", teacher_of)
+    out = ("--output_dir", str(tmp_path))
+    if task in semaim.TARGETS:
+        call = train.train, gpu_args(task, "--accum_iter", "2", "--batch_size", "2", *out)
+    else:
+        flags = f"{task} --data cats --precision bf16 --no-compile --workers 0 --batch_size 4 --accum_iter 1 --epochs 2"
+        flags += " --mixup 0.8 --cutmix 1" * (task == "finetune")
+        call = evaluation.evaluate, *evaluation.parse_args([*flags.split(), *out])
+    (first, _), *others = steps_of(fake_gpu, monkeypatch, *call)
+    assert len(others) == 5 and others == 5 * [([], ["tolist"])]  # Run.update; nothing is copied but images and labels
+    assert len(first) == 2  # mean and standard deviation
+
+
+def test_the_fake_gpu_finds_what_a_real_one_would(fake_gpu, monkeypatch):
+    """A CPU tensor among GPU tensors, a constant that is copied in every call, and a number read in the forward pass."""
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8).to(train.DEVICE)
+
+    def on_cpu(similarity):
+        return (similarity + torch.arange(16.)).argsort(dim=1)
+
+    def slow(similarity):
+        similarity = similarity + torch.tensor(range(16), device=similarity.device)
+        return similarity.argsort(dim=1, descending=bool(similarity.sum() > 0))
+
+    model, _ = train.make_model(gpu_args())
+    batch = train.normalise(images)
+    model.order = on_cpu
+    with pytest.raises(RuntimeError, match="two (different )?devices"):
+        model(batch)
+    with pytest.raises(RuntimeError, match="two (different )?devices"):
+        monkeypatch.setattr(train, "mean_and_std", lambda _: (torch.tensor(train.MEAN).view(3, 1, 1),) * 2)
+        train.normalise(images)
+    fake_gpu.clear()
+    model.order = slow
+    model(batch)
+    assert (len(fake_gpu.copies), len(fake_gpu.reads)) == (1, 1)
+    fake_gpu.clear()
+    monkeypatch.setattr(train, "mean_and_std", lambda device: (torch.tensor(train.MEAN, device=device)[:, None, None],) * 2)
+    train.normalise(images)
+    train.normalise(images)
+    assert len(fake_gpu.copies) == 2
+
+
+@pytest.mark.parametrize("target", semaim.TARGETS)
+def test_the_backward_pass_copies_nothing(monkeypatch, tmp_path, target):
+    """On the meta device, which has no values, but a backward pass."""
+    monkeypatch.setattr(train, "load_teacher", teacher_of)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know the device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    args = gpu_args(target, "--output_dir", str(tmp_path), "--grad_checkpointing")
+    model, teacher = (module and module.to("meta") for module in train.make_model(args))
+    training = train.Run(args, model, train.make_optimizer(model, 0.05), images=12)
+    images = torch.zeros(4, 3, 32, 32, device="meta")
+    with Waits() as waits:
+        out = training.forward(images, **train.teacher_inputs(teacher, images, args.anchor))
+        training.backward(out.loss)
+    assert not waits.copies and not waits.reads
+    assert {p.grad.device.type for p in model.parameters() if p.requires_grad} == {"meta"}
 
 
 # ---------------------------------------------------------------- README ----
