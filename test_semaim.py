@@ -1,5 +1,6 @@
 """The proof, on a CPU, with no network: python -m pytest -q test_semaim.py
 Runs cut at random moments, for as long as you like to watch: python test_semaim.py --chaos
+The speed of a step and of the loader, with any flags of train.py: python test_semaim.py --benchmark --arch vit_base
 
 Golden numbers were computed with the authors' release, on CPU in fp32, from weights, images and orders that a formula
 makes, so that no file has to travel; everything else is checked against its definition, written out here.
@@ -24,11 +25,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from einops import rearrange
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms as v1
+from torchvision.transforms import v2
 
 import eval as evaluation
 import semaim
@@ -1945,7 +1950,137 @@ def chaos():
     return min(failed, 1)
 
 
+# ---------------------------------------------------------------- benchmark ----
+
+
+def timed(function) -> float:
+    """Measure the seconds that a call takes, device work included."""
+    start = time.perf_counter()
+    function()
+    if train.DEVICE.type != "cpu":
+        getattr(torch, train.DEVICE.type).synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory() -> int:
+    """The largest number of bytes that this process has had on its device so far."""
+    if train.DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def matmul_peak(dtype) -> float:
+    """Measure the FLOP/s of the fastest of several matrix products: the most that this device can do."""
+    best = 0.0
+    for n in (2048, 4096, 8192)[:3 if train.DEVICE.type == "cuda" else 2]:
+        a, b = (torch.randn(n, n, device=train.DEVICE, dtype=dtype) for _ in range(2))
+        best = max(best, *(2 * n**3 / timed(lambda: a @ b) for _ in range(4)))  # the first one is slower: it warms up
+    return best
+
+
+def loader_rate(data, keys) -> float:
+    """Measure the images/s that one worker delivers, without its start."""
+    batches = iter(torch.utils.data.DataLoader(data, sampler=keys, batch_size=32, num_workers=1))
+    next(batches)
+    start = time.perf_counter()
+    return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
+
+
+class UsualViews(torch.utils.data.Dataset):
+    """Images by Pillow through a transform, as in most training scripts."""
+
+    def __init__(self, paths, transform):
+        self.paths, self.transform = paths, transform
+
+    def __getitem__(self, index):
+        return self.transform(torchvision.datasets.folder.default_loader(self.paths[index])), index
+
+
+def benchmark(argv, rounds=3, images_per_round=768):
+    """Time whole training steps and the loader, and report which of the two limits training.
+
+    argv: flags of train.py, and --benchmark_data DIR, whose first 1,000 images the loader reads (default: 64 generated
+    JPEGs of 500 x 375). Under torchrun, the steps are those of DDP."""
+    parser = train.Parser(add_help=False)
+    parser.add_argument("--benchmark_data", type=Path)
+    mine, flags = parser.parse_known_args(argv)
+    train.join_processes()
+    if train.DEVICE.type == "cpu":
+        flags = ["--batch_size", "16", "--accum_iter", "1", *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        args = train.parse_args([*flags, "--output_dir", train.from_all(folder)[0]])
+        before, (model, teacher) = peak_memory(), train.make_model(args)
+        run = train.Run(args, model, train.make_optimizer(model, args.weight_decay), args.total_batch)
+        views = torch.randint(256, (run.batch, 3, args.img_size, args.img_size), dtype=torch.uint8)
+        views = views.pin_memory() if train.DEVICE.type == "cuda" else views
+        batches, data = itertools.repeat((views, *torch.full((2, run.batch), -1))), train.Images(views)
+
+        def loss(images, model):
+            with train.autocast(args.precision):
+                return model(images, **train.teacher_inputs(teacher, images, args.anchor)).loss
+
+        def step():  # as in train.train
+            for images, _ in run._micro_batches(batches, data):
+                run.backward(loss(images, run.forward))
+            run.update()
+
+        for _ in range(3):
+            step()  # compiles, chooses kernels, creates the state of the optimiser
+        seconds = sorted(timed(step) for _ in range(rounds if train.DEVICE.type == "cpu" else 20))
+        state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())  # + gradient, two moments
+        activations = (peak_memory() - before - state) / run.batch / 1e6
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            loss(train.normalise(views[:1]), model).backward()
+        if train.RANK:
+            return
+        peak = matmul_peak(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[args.precision])
+        median, images = seconds[len(seconds) // 2], run.batch * run.accum_iter  # of this process
+        speed = counter.get_total_flops() * images / median
+        print(f"{args.arch}, {args.img_size} px, {train.WORLD} x {run.accum_iter} x {run.batch} images, {args.precision}"
+              f"{', compiled' * args.compile}, {train.DEVICE.type}, {torch.get_num_threads()} threads, "
+              f"torch {torch.__version__}\n"
+              f"step         {median:.3f} s (of {len(seconds)}: {seconds[0]:.3f} to {seconds[-1]:.3f}), "
+              f"{images / median:.1f} images/s per process\n"
+              f"arithmetic   {speed / 1e12:.3f} TFLOP/s, {100 * speed / peak:.0f} % of the matrix product here "
+              f"({peak / 1e12:.3f} TFLOP/s); {counter.get_total_flops() / 1e9:.1f} GFLOP per image\n"
+              f"activations  {activations:.1f} MB per image (peak without imports, weights, gradients, optimiser)")
+
+        # The loader and the usual pipeline take turns, because the speed of a shared machine changes.
+        if mine.benchmark_data is None:
+            noisy = F.interpolate(train.draw_shapes(64, 0)[0].float(), size=(375, 500), mode="bicubic")
+            for i, image in enumerate(noisy + 4 * torch.randn(64, 3, 375, 500)):
+                v2.functional.to_pil_image(image.clamp(0, 255).byte()).save(f"{folder}/{i}.jpg", quality=90)
+        paths = train.list_images(mine.benchmark_data or Path(folder))[:1000]
+        crop = (v1.RandomResizedCrop(args.img_size, (0.2, 1), interpolation=v1.InterpolationMode.BICUBIC),
+                v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(train.MEAN, train.STD))
+        usual, ours = UsualViews(paths, v1.Compose(crop)), train.Views(
+            train.Images(paths), train.random_crop(args.img_size))
+        keys = [i % len(paths) for i in range(max(images_per_round, len(paths)))]
+        rates = [(loader_rate(ours, [(0, i) for i in keys]), loader_rate(usual, keys)) for _ in range(rounds)]
+        rate, usual_rate = (sorted(column)[rounds // 2] for column in zip(*rates))
+        kilobytes = sum(os.path.getsize(path) for path in paths) / len(paths) / 1e3
+    need = images / median / rate
+    print(f"loader       {rate:.0f} images/s per worker, {rate / usual_rate:.2f} times Pillow with RandomResizedCrop, flip, "
+          f"ToTensor and Normalize; {len(paths)} files of {kilobytes:.0f} kB\n"
+          f"bottleneck   the {'model' if need <= max(args.workers, 1) else 'loader'}: this model needs {need:.2f} workers "
+          f"per process, and has {max(args.workers, 1)}")
+
+
+def test_benchmark(capsys):
+    benchmark("--batch_size 2 --knn_images 0 --target ema".split(), rounds=1, images_per_round=96)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("vit_nano, 32 px, 1 x 1 x 2 images, fp32, cpu, 1 threads")
+    assert [line.split()[0] for line in lines[1:]] == ["step", "arithmetic", "activations", "loader", "bottleneck"]
+    step, speed = (float(re.search(pattern, lines[1])[1]) for pattern in (r"([\d.]+) s \(of 1", r"([\d.]+) images/s"))
+    assert speed == pytest.approx(2 / step, rel=0.1)
+
+
 if __name__ == "__main__":
     if "--chaos" in sys.argv:
         sys.exit(chaos())
+    if "--benchmark" in sys.argv:
+        with train.user_errors():
+            benchmark([flag for flag in sys.argv[1:] if flag != "--benchmark"])
+        sys.exit()
     sys.exit(pytest.main(["-q", __file__, *sys.argv[1:]]))
