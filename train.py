@@ -581,6 +581,10 @@ class Run:
                 f"{WORLD} processes x {self.accum_iter} micro-batches x {self.batch} images")
         if args.epochs <= args.warmup_epochs:
             say(f"--epochs {args.epochs} ends within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
+        if args.compile and args.grad_checkpointing:
+            # torch.compile splits the graph at DDP's buckets, so that sums overlap with the backward pass. In torch 2.6
+            # this fails with checkpoints in the graph.
+            torch._dynamo.config.optimize_ddp = False
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
         self.forward = model if WORLD == 1 else DistributedDataParallel(
             model, gradient_as_bucket_view=True, bucket_cap_mb=100)
