@@ -1569,8 +1569,8 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """Run the test on a GPU whose tensors have shapes but no values, so that no driver is needed -> Waits. As on a real
-    GPU, an operation on a CPU tensor and a GPU tensor raises RuntimeError. There is no backward pass."""
+    """Run the test on a GPU whose tensors have shapes but no values, and which needs no driver -> Waits. As on a real GPU,
+    an operation on a CPU tensor and a GPU tensor raises RuntimeError. There is no backward pass."""
     def move(module, device):  # Module.to cannot replace fake parameters
         for part in module.modules():
             for name, p in part._parameters.items():
@@ -1707,7 +1707,7 @@ def test_a_step_waits_for_the_gpu_once(fake_gpu, monkeypatch, tmp_path, task):
 
 
 def test_the_fake_gpu_finds_what_a_real_one_would(fake_gpu, monkeypatch):
-    """A CPU tensor among GPU tensors, a constant that is copied in every call, and a number read in the forward pass."""
+    """A CPU tensor among GPU tensors, a constant that is copied in every call, a number that is read in a forward pass."""
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8).to(train.DEVICE)
 
     def on_cpu(similarity):
@@ -2027,9 +2027,9 @@ def peak_memory() -> int:
 def matmul_peak(dtype) -> float:
     """Measure the FLOP/s of the fastest of several matrix products: the most that this device can do."""
     best = 0.0
-    for n in (2048, 4096, 8192)[:3 if train.DEVICE.type == "cuda" else 2]:
+    for n in (2048, 4096, 8192) if train.DEVICE.type == "cuda" else (2048,):
         a, b = (torch.randn(n, n, device=train.DEVICE, dtype=dtype) for _ in range(2))
-        best = max(best, *(2 * n**3 / timed(lambda: a @ b) for _ in range(4)))  # the first one is slower: it warms up
+        best = max(best, *(2 * n**3 / timed(lambda: a @ b) for _ in range(4)))  # the first one warms up
     return best
 
 
@@ -2079,7 +2079,7 @@ def benchmark(argv, rounds=3, images_per_round=768):
                 run.backward(loss(images, run.forward))
             run.update()
 
-        for _ in range(3):
+        for _ in range(1 if train.DEVICE.type == "cpu" else 3):
             step()  # compiles, chooses kernels, creates the state of the optimiser
         seconds = sorted(timed(step) for _ in range(rounds if train.DEVICE.type == "cpu" else 20))
         state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())  # + gradient, two moments
@@ -2091,8 +2091,8 @@ def benchmark(argv, rounds=3, images_per_round=768):
         peak = matmul_peak(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[args.precision])
         median, images = seconds[len(seconds) // 2], run.batch * run.accum_iter  # of this process
         speed = counter.get_total_flops() * images / median
-        print(f"{args.arch}, {args.img_size} px, {train.WORLD} x {run.accum_iter} x {run.batch} images, {args.precision}"
-              f"{', compiled' * args.compile}, {train.DEVICE.type}, {torch.get_num_threads()} threads, "
+        print(f"{args.arch}, {args.img_size} px, {train.WORLD} x {run.accum_iter} x {run.batch} images, "
+              f"{args.precision}{', compiled' * args.compile}, {train.DEVICE.type}, {torch.get_num_threads()} threads, "
               f"torch {torch.__version__}\n"
               f"step         {median:.3f} s (of {len(seconds)}: {seconds[0]:.3f} to {seconds[-1]:.3f}), "
               f"{images / median:.1f} images/s per process\n"
@@ -2115,10 +2115,10 @@ def benchmark(argv, rounds=3, images_per_round=768):
         rate, usual_rate = (sorted(column)[rounds // 2] for column in zip(*rates))
         kilobytes = sum(os.path.getsize(path) for path in paths) / len(paths) / 1e3
     need = images / median / rate
-    print(f"loader       {rate:.0f} images/s per worker, {rate / usual_rate:.2f} times Pillow with RandomResizedCrop, flip, "
-          f"ToTensor and Normalize; {len(paths)} files of {kilobytes:.0f} kB\n"
-          f"bottleneck   the {'model' if need <= max(args.workers, 1) else 'loader'}: this model needs {need:.2f} workers "
-          f"per process, and has {max(args.workers, 1)}")
+    print(f"loader       {rate:.0f} images/s per worker, {rate / usual_rate:.2f} times Pillow, RandomResizedCrop, "
+          f"flip, ToTensor and Normalize; {len(paths)} files of {kilobytes:.0f} kB\n"
+          f"bottleneck   the {'model' if need <= max(args.workers, 1) else 'loader'}: this model needs {need:.2f} "
+          f"workers per process, and has {max(args.workers, 1)}")
 
 
 def test_benchmark(capsys):
