@@ -1494,7 +1494,7 @@ def test_a_process_that_fails_brings_all_down_and_a_restart_goes_on(splits):
 def compare_compiled(folder):
     """Compare the loss and the gradients of a compiled model with grad_checkpointing, under DDP if there are several
     processes, with those of a plain model on the whole batch."""
-    aot_eager, graphs = torch._dynamo.lookup_backend("aot_eager"), []  # the steps of compilation without the C++ compiler
+    aot_eager, graphs = torch._dynamo.lookup_backend("aot_eager"), []  # no C++ compiler
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -1569,8 +1569,8 @@ class Waits(TorchDispatchMode):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    """Run the test on a GPU whose tensors have shapes but no values, and which needs no driver -> Waits. As on a real GPU,
-    an operation on a CPU tensor and a GPU tensor raises RuntimeError. There is no backward pass."""
+    """Run the test on a GPU whose tensors have shapes but no values, and which needs no driver -> Waits. As on a real
+    GPU, an operation on a CPU tensor and a GPU tensor raises RuntimeError. There is no backward pass."""
     def move(module, device):  # Module.to cannot replace fake parameters
         for part in module.modules():
             for name, p in part._parameters.items():
@@ -1707,7 +1707,7 @@ def test_a_step_waits_for_the_gpu_once(fake_gpu, monkeypatch, tmp_path, task):
 
 
 def test_the_fake_gpu_finds_what_a_real_one_would(fake_gpu, monkeypatch):
-    """A CPU tensor among GPU tensors, a constant that is copied in every call, a number that is read in a forward pass."""
+    """A CPU tensor among GPU tensors, a constant copied in every call, a number read in a forward pass."""
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8).to(train.DEVICE)
 
     def on_cpu(similarity):
