@@ -1,5 +1,6 @@
 """The proof, on a CPU, with no network: python -m pytest -q test_semaim.py
 Runs cut at random moments, for as long as you like to watch: python test_semaim.py --chaos
+The speed of a step and of the loader, with any flags of train.py: python test_semaim.py --benchmark --arch vit_base
 
 Golden numbers were computed with the authors' release, on CPU in fp32, from weights, images and orders that a formula
 makes, so that no file has to travel; everything else is checked against its definition, written out here.
@@ -7,6 +8,7 @@ makes, so that no file has to travel; everything else is checked against its def
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -25,8 +27,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from einops import rearrange
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms as v1
+from torchvision.transforms import v2
 
 import eval as evaluation
 import semaim
@@ -1744,6 +1753,269 @@ def test_a_process_that_fails_brings_all_down_and_a_restart_goes_on(splits):
     assert all(torch.equal(again[name], w) for name, w in whole["model"].items())
 
 
+def compare_compiled(folder):
+    """Compare the loss and the gradients of a compiled model with grad_checkpointing, under DDP if there are several
+    processes, with those of a plain model on the whole batch."""
+    aot_eager, graphs = torch._dynamo.lookup_backend("aot_eager"), []  # no C++ compiler
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    def small_buckets(model, **options):  # several, as for a large model
+        return torch.nn.parallel.DistributedDataParallel(model, **options | dict(bucket_cap_mb=1))
+
+    torch.manual_seed(0)
+    images, order = torch.randn(4, 3, 32, 32), torch.rand(4, 16).argsort(1)  # given, because ties are in random order
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=backend))
+        patch.setattr(train, "DistributedDataParallel", small_buckets)
+        patch.setitem(semaim.ARCHS, "vit_nano", semaim.ARCHS["vit_nano"] | dict(depth=1, query_depth=1))
+        args = train.parse_args([*RUN, "--compile", "--grad_checkpointing", "--batch_size", str(4 // train.WORLD),
+                                 "--output_dir", str(folder)])
+        model, _ = train.make_model(args)
+        training = train.Run(args, model, train.make_optimizer(model, 0.05), images=12)
+        mine = slice(train.RANK, None, train.WORLD)
+        for _ in range(2):  # DDP builds its buckets anew after the first time
+            model.zero_grad()
+            loss = training.forward(images[mine], order[mine]).loss
+            training.backward(loss)
+    plain = SemAIM(32, 8, 128, 1, 2, 1)
+    plain.load_state_dict(model.state_dict())
+    expected = plain(images, order).loss
+    expected.backward()
+    assert graphs and (train.WORLD == 1) == (training.forward is model)
+    assert sum(train.from_all(loss.item())) / train.WORLD == pytest.approx(expected.item(), abs=1e-6)
+    for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("processes", (1, 2))
+def test_compiled_checkpointed_training_has_the_gradients_of_plain_training(tmp_path, processes):
+    if processes == 1:
+        return compare_compiled(tmp_path)
+    script = tmp_path / "compare.py"
+    script.write_text("import test_semaim, train\ntrain.join_processes()\n"
+                      f"test_semaim.compare_compiled({str(tmp_path)!r})\nprint('the same', flush=True)\n")
+    said, status = torchrun(script)
+    assert status == 0 and said.count("the same") == 2, said
+
+
+# ---------------------------------------------------------------- a GPU without a driver ----
+
+
+class Waits(TorchDispatchMode):
+    """Record what makes the program wait for the device: blocking copies from the host to it, and reads from it. Fake
+    tensors have no values, so reading a number returns 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.clear()
+
+    def clear(self):
+        self.copies, self.reads = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        inputs = {x.is_cpu for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.reads += [function] * (False in inputs)
+            return 0.0 if args[0].is_floating_point() else 0
+        out = function(*args, **kwargs or {})
+        outputs = {x.is_cpu for x in tree_leaves(out) if torch.is_tensor(x)}
+        if True in inputs and False in inputs | outputs and not (kwargs or {}).get("non_blocking"):
+            self.copies.append(function)
+        if False in inputs and True in outputs:
+            self.reads.append(function)
+        return out
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Run the test on a GPU whose tensors have shapes but no values, and which needs no driver -> Waits. As on a real
+    GPU, an operation on a CPU tensor and a GPU tensor raises RuntimeError. There is no backward pass."""
+    def move(module, device):  # Module.to cannot replace fake parameters
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                part._parameters[name] = p if p is None else torch.nn.Parameter(p.detach().to(device), p.requires_grad)
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = buffer.to(device)
+        return module
+
+    def tolist(tensor):  # one copy from a real GPU, but one read per element of a fake tensor
+        waits.reads += ["tolist"] * tensor.is_cuda
+        return [0.0 if tensor.is_floating_point() else 0] * len(tensor)
+
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    monkeypatch.setattr(FakeTensor, "tolist", tolist)
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # the check would need values
+    monkeypatch.setitem(semaim.ARCHS, "vit_nano", semaim.ARCHS["vit_nano"] | dict(depth=2, query_depth=1))
+    with FakeTensorMode():
+        try:
+            torch.ones(2, device=train.DEVICE)[:1]
+        except RuntimeError as e:
+            pytest.skip(f"this version of torch needs a driver for fake tensors too: {str(e).splitlines()[0]}")
+    constants = train.mean_and_std
+    constants.cache_clear()
+    with FakeTensorMode(), Waits() as waits:
+        yield waits
+    constants.cache_clear()
+
+
+def teacher_of(kind, *_):
+    """A random teacher with the grid of vit_nano, but another image size."""
+    size = dict(img_size=16, patch_size=4, dim=64, depth=1, heads=1)
+    return semaim.Teacher(semaim.CLIPTower(**size, out=24) if kind == "clip" else ViT(**size))
+
+
+def gpu_args(target="pixel", *flags):
+    flags += () if target in ("pixel", "ema") else ("--teacher", __file__)
+    return train.parse_args([*RUN, "--precision", "bf16", "--no-compile", "--target", target, *flags])
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("target", semaim.TARGETS)
+def test_pretraining_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch, target):
+    monkeypatch.setattr(train, "load_teacher", teacher_of)
+    for order, anchor in itertools.product(ORDERS if target == "pixel" else ["semantic"], semaim.ANCHORS):
+        args = gpu_args(target, "--order", order, "--anchor", anchor, "--grad_checkpointing")
+        model, teacher = train.make_model(args)
+        images = train.normalise(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        fake_gpu.clear()
+        with train.autocast(args.precision):
+            inputs = train.teacher_inputs(teacher, images, anchor)
+            out = model(images, **inputs)
+            maps = [train.anchor_map(encoder, images.flip(-1), anchor) for encoder in (model, teacher) if encoder]
+        spread = train.feature_spread(inputs["teacher_tokens"]) if teacher else out.loss
+        given = model(images, out.order, masked=True, **inputs)
+        if target == "ema":
+            semaim.ema_update(teacher, model, 0.999)
+        assert {x.device for x in (*out, *given, *maps, spread) if x is not None} == {train.DEVICE}
+        assert (out.similarity is None) == (order in ("stochastic", "raster", "center"))
+        assert not fake_gpu.copies and not fake_gpu.reads
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_evaluation_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch):
+    def batches(images, args, indices=None):
+        yield train.normalise(torch.zeros(4, 3, 32, 32, dtype=torch.uint8)), torch.zeros(4).long().to(train.DEVICE)
+
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "eval_batches", batches)
+        # Which rows have a label depends on values, so this collects all.
+        monkeypatch.setattr(module, "collect", lambda values, labels, total: (torch.cat(values), torch.cat(labels)))
+    images = train.Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), ["cat", "dog"])
+    flags = "--arch vit_nano --data cats --precision bf16 --no-compile --workers 0 --batch_size 4".split()
+    for task, pool in itertools.product(("linear", "finetune"), ("cls", "mean")):
+        args, _ = evaluation.parse_args([task, *flags, "--pool", pool])
+        model = evaluation.make_classifier(args, None, 2).to(train.DEVICE)
+        guesses, truth = evaluation.classify(model, images, args)
+        assert guesses.device == truth.device == train.DEVICE
+    model = model.eval()
+    args.knn_images = 4
+    assert train.knn_accuracy(model, images, images, args) == dict(knn_cls=0, knn_mean=0)  # every number reads as 0
+    for anchor in semaim.ANCHORS:
+        train.order_statistics(model, images, anchor, args)
+
+
+def steps_of(waits, monkeypatch, function, *args):
+    """Train on the fake GPU with given batches -> for each step, what was copied to the device and read from it."""
+    steps, set_learning_rate, log_step = [], train.Run.set_learning_rate, train.Run.log_step
+    batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), torch.full((4,), -1)
+    data = train.Images(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.zeros(12).long(), ["cat", "dog"])
+
+    def begin(self, lr):
+        if not steps:
+            waits.clear()  # making the model
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        set_learning_rate(self, lr)
+
+    def end(self, **measures):
+        steps.append((waits.copies, waits.reads))
+        log_step(self, **measures)
+        waits.clear()
+
+    monkeypatch.setattr(train.Run, "set_learning_rate", begin)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    monkeypatch.setattr(train.Run, "log_step", end)
+    assert train.make_loader([0], 0).pin_memory  # else a copy would wait in any case
+    monkeypatch.setattr(train, "make_loader", lambda *_, **__: itertools.repeat(batch))
+    for module, name in ((train, "evaluate"), (train, "save_samples"), (train.Run, "save"), (train, "join_processes"),
+                         (train.Images, "note_unreadable"), (evaluation, "report_score")):
+        monkeypatch.setattr(module, name, lambda *_, **__: None)
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "load_data", lambda *_: data)
+    monkeypatch.setattr(evaluation, "classify", lambda *_: (torch.zeros(12, 5).long(), torch.zeros(12).long()))
+    function(*args)
+    return steps
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("task", ("pixel", "ema", "linear", "finetune"))
+def test_a_step_waits_for_the_gpu_once(fake_gpu, monkeypatch, tmp_path, task):
+    monkeypatch.setattr(train, "load_teacher", teacher_of)
+    out = ("--output_dir", str(tmp_path))
+    if task in semaim.TARGETS:
+        call = train.train, gpu_args(task, "--accum_iter", "2", "--batch_size", "2", *out)
+    else:
+        flags = f"{task} --data cats --precision bf16 --no-compile --workers 0 --batch_size 4 --accum_iter 1 --epochs 2"
+        flags += " --mixup 0.8 --cutmix 1" * (task == "finetune")
+        call = evaluation.evaluate, *evaluation.parse_args([*flags.split(), *out])
+    (first, _), *others = steps_of(fake_gpu, monkeypatch, *call)
+    assert len(others) == 5 and others == 5 * [([], ["tolist"])]  # Run.update; nothing is copied but images and labels
+    assert len(first) == 2  # mean and standard deviation
+
+
+def test_the_fake_gpu_finds_what_a_real_one_would(fake_gpu, monkeypatch):
+    """A CPU tensor among GPU tensors, a constant copied in every call, a number read in a forward pass."""
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8).to(train.DEVICE)
+
+    def on_cpu(similarity):
+        return (similarity + torch.arange(16.)).argsort(dim=1)
+
+    def slow(similarity):
+        similarity = similarity + torch.tensor(range(16), device=similarity.device)
+        return similarity.argsort(dim=1, descending=bool(similarity.sum() > 0))
+
+    model, _ = train.make_model(gpu_args())
+    batch = train.normalise(images)
+    model.order = on_cpu
+    with pytest.raises(RuntimeError, match="two (different )?devices"):
+        model(batch)
+    with pytest.raises(RuntimeError, match="two (different )?devices"):
+        monkeypatch.setattr(train, "mean_and_std", lambda _: (torch.tensor(train.MEAN).view(3, 1, 1),) * 2)
+        train.normalise(images)
+    fake_gpu.clear()
+    model.order = slow
+    model(batch)
+    assert (len(fake_gpu.copies), len(fake_gpu.reads)) == (1, 1)
+    fake_gpu.clear()
+    monkeypatch.setattr(train, "mean_and_std", lambda device: (torch.tensor(train.MEAN, device=device).view(3, 1, 1),
+                                                              torch.tensor(train.STD, device=device).view(3, 1, 1)))
+    train.normalise(images)
+    train.normalise(images)
+    assert len(fake_gpu.copies) == 4  # two in each call
+
+
+@pytest.mark.parametrize("target", semaim.TARGETS)
+def test_the_backward_pass_copies_nothing(monkeypatch, tmp_path, target):
+    """On the meta device, which has no values, but a backward pass."""
+    monkeypatch.setattr(train, "load_teacher", teacher_of)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know the device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    args = gpu_args(target, "--output_dir", str(tmp_path), "--grad_checkpointing")
+    model, teacher = (module and module.to("meta") for module in train.make_model(args))
+    training = train.Run(args, model, train.make_optimizer(model, 0.05), images=12)
+    images = torch.zeros(4, 3, 32, 32, device="meta")
+    with Waits() as waits:
+        out = training.forward(images, **train.teacher_inputs(teacher, images, args.anchor))
+        training.backward(out.loss)
+    assert not waits.copies and not waits.reads
+    assert {p.grad.device.type for p in model.parameters() if p.requires_grad} == {"meta"}
+
+
 # ---------------------------------------------------------------- README ----
 
 
@@ -2363,7 +2635,137 @@ def chaos():
     return min(failed, 1)
 
 
+# ---------------------------------------------------------------- benchmark ----
+
+
+def timed(function) -> float:
+    """Measure the seconds that a call takes, device work included."""
+    start = time.perf_counter()
+    function()
+    if train.DEVICE.type != "cpu":
+        getattr(torch, train.DEVICE.type).synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory() -> int:
+    """The largest number of bytes that this process has had on its device so far."""
+    if train.DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def matmul_peak(dtype) -> float:
+    """Measure the FLOP/s of the fastest of several matrix products: the most that this device can do."""
+    best = 0.0
+    for n in (2048, 4096, 8192) if train.DEVICE.type == "cuda" else (2048,):
+        a, b = (torch.randn(n, n, device=train.DEVICE, dtype=dtype) for _ in range(2))
+        best = max(best, *(2 * n**3 / timed(lambda: a @ b) for _ in range(4)))  # the first one warms up
+    return best
+
+
+def loader_rate(data, keys) -> float:
+    """Measure the images/s that one worker delivers, without its start."""
+    batches = iter(torch.utils.data.DataLoader(data, sampler=keys, batch_size=32, num_workers=1))
+    next(batches)
+    start = time.perf_counter()
+    return sum(len(batch[0]) for batch in batches) / (time.perf_counter() - start)
+
+
+class UsualViews(torch.utils.data.Dataset):
+    """Images by Pillow through a transform, as in most training scripts."""
+
+    def __init__(self, paths, transform):
+        self.paths, self.transform = paths, transform
+
+    def __getitem__(self, index):
+        return self.transform(torchvision.datasets.folder.default_loader(self.paths[index])), index
+
+
+def benchmark(argv, rounds=3, images_per_round=768):
+    """Time whole training steps and the loader, and report which of the two limits training.
+
+    argv: flags of train.py, and --benchmark_data DIR, whose first 1,000 images the loader reads (default: 64 generated
+    JPEGs of 500 x 375). Under torchrun, the steps are those of DDP."""
+    parser = train.Parser(add_help=False)
+    parser.add_argument("--benchmark_data", type=Path)
+    mine, flags = parser.parse_known_args(argv)
+    train.join_processes()
+    if train.DEVICE.type == "cpu":
+        flags = ["--batch_size", "16", "--accum_iter", "1", *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        args = train.parse_args([*flags, "--output_dir", train.from_all(folder)[0]])
+        before, (model, teacher) = peak_memory(), train.make_model(args)
+        run = train.Run(args, model, train.make_optimizer(model, args.weight_decay), args.total_batch)
+        views = torch.randint(256, (run.batch, 3, args.img_size, args.img_size), dtype=torch.uint8)
+        views = views.pin_memory() if train.DEVICE.type == "cuda" else views
+        batches, data = itertools.repeat((views, *torch.full((2, run.batch), -1))), train.Images(views)
+
+        def loss(images, model):
+            with train.autocast(args.precision):
+                return model(images, **train.teacher_inputs(teacher, images, args.anchor)).loss
+
+        def step():  # as in train.train
+            for images, _ in run._micro_batches(batches, data):
+                run.backward(loss(images, run.forward))
+            run.update()
+
+        for _ in range(1 if train.DEVICE.type == "cpu" else 3):
+            step()  # compiles, chooses kernels, creates the state of the optimiser
+        seconds = sorted(timed(step) for _ in range(rounds if train.DEVICE.type == "cpu" else 20))
+        state = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters())  # + gradient, two moments
+        activations = (peak_memory() - before - state) / run.batch / 1e6
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            loss(train.normalise(views[:1]), model).backward()
+        if train.RANK:
+            return
+        peak = matmul_peak(dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[args.precision])
+        median, images = seconds[len(seconds) // 2], run.batch * run.accum_iter  # of this process
+        speed = counter.get_total_flops() * images / median
+        print(f"{args.arch}, {args.img_size} px, {train.WORLD} x {run.accum_iter} x {run.batch} images, "
+              f"{args.precision}{', compiled' * args.compile}, {train.DEVICE.type}, {torch.get_num_threads()} threads, "
+              f"torch {torch.__version__}\n"
+              f"step         {median:.3f} s (of {len(seconds)}: {seconds[0]:.3f} to {seconds[-1]:.3f}), "
+              f"{images / median:.1f} images/s per process\n"
+              f"arithmetic   {speed / 1e12:.3f} TFLOP/s, {100 * speed / peak:.0f} % of the matrix product here "
+              f"({peak / 1e12:.3f} TFLOP/s); {counter.get_total_flops() / 1e9:.1f} GFLOP per image\n"
+              f"activations  {activations:.1f} MB per image (peak without imports, weights, gradients, optimiser)")
+
+        # The loader and the usual pipeline take turns, because the speed of a shared machine changes.
+        if mine.benchmark_data is None:
+            noisy = F.interpolate(train.draw_shapes(64, 0)[0].float(), size=(375, 500), mode="bicubic")
+            for i, image in enumerate(noisy + 4 * torch.randn(64, 3, 375, 500)):
+                v2.functional.to_pil_image(image.clamp(0, 255).byte()).save(f"{folder}/{i}.jpg", quality=90)
+        paths = train.list_images(mine.benchmark_data or Path(folder))[:1000]
+        crop = (v1.RandomResizedCrop(args.img_size, (0.2, 1), interpolation=v1.InterpolationMode.BICUBIC),
+                v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(train.MEAN, train.STD))
+        usual, ours = UsualViews(paths, v1.Compose(crop)), train.Views(
+            train.Images(paths), train.random_crop(args.img_size))
+        keys = [i % len(paths) for i in range(max(images_per_round, len(paths)))]
+        rates = [(loader_rate(ours, [(0, i) for i in keys]), loader_rate(usual, keys)) for _ in range(rounds)]
+        rate, usual_rate = (sorted(column)[rounds // 2] for column in zip(*rates))
+        kilobytes = sum(os.path.getsize(path) for path in paths) / len(paths) / 1e3
+    need = images / median / rate
+    print(f"loader       {rate:.0f} images/s per worker, {rate / usual_rate:.2f} times Pillow, RandomResizedCrop, "
+          f"flip, ToTensor and Normalize; {len(paths)} files of {kilobytes:.0f} kB\n"
+          f"bottleneck   the {'model' if need <= max(args.workers, 1) else 'loader'}: this model needs {need:.2f} "
+          f"workers per process, and has {max(args.workers, 1)}")
+
+
+def test_benchmark(capsys):
+    benchmark("--batch_size 2 --knn_images 0 --target ema".split(), rounds=1, images_per_round=96)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("vit_nano, 32 px, 1 x 1 x 2 images, fp32, cpu, 1 threads")
+    assert [line.split()[0] for line in lines[1:]] == ["step", "arithmetic", "activations", "loader", "bottleneck"]
+    step, speed = (float(re.search(pattern, lines[1])[1]) for pattern in (r"([\d.]+) s \(of 1", r"([\d.]+) images/s"))
+    assert speed == pytest.approx(2 / step, rel=0.1)
+
+
 if __name__ == "__main__":
     if "--chaos" in sys.argv:
         sys.exit(chaos())
+    if "--benchmark" in sys.argv:
+        with train.user_errors():
+            benchmark([flag for flag in sys.argv[1:] if flag != "--benchmark"])
+        sys.exit()
     sys.exit(pytest.main(["-q", __file__, *sys.argv[1:]]))

@@ -570,6 +570,8 @@ class Run:
                 f"{WORLD} processes) instead of {args.total_batch}, because there are only {images} images")
         if args.epochs <= args.warmup_epochs:
             say(f"--epochs {args.epochs} is within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
+        if args.compile and args.grad_checkpointing:  # torch 2.6 cannot split a graph with checkpoints at DDP's buckets
+            torch._dynamo.config.optimize_ddp = False
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
         self.forward = model if WORLD == 1 else DistributedDataParallel(
             model, gradient_as_bucket_view=True, bucket_cap_mb=100)
