@@ -1,9 +1,9 @@
-"""The proof, on a CPU, with no network: python -m pytest -q test_semaim.py
-Runs cut at random moments, for as long as you like to watch: python test_semaim.py --chaos
+"""Tests, on a CPU and without a network: python -m pytest -q test_semaim.py
+Runs that are interrupted at random moments and resumed: python test_semaim.py --chaos
 The speed of a step and of the loader, with any flags of train.py: python test_semaim.py --benchmark --arch vit_base
 
-Golden numbers were computed with the authors' release, on CPU in fp32, from weights, images and orders that a formula
-makes, so that no file has to travel; everything else is checked against its definition, written out here.
+Golden numbers were computed with the authors' release, on a CPU in fp32. A formula makes their weights, images and
+orders, so that no file is needed. Everything else is compared with its definition, which is written out here.
 """
 import contextlib
 import functools
@@ -63,7 +63,7 @@ def formula(shape, c, scale=1.0):
 
 @torch.no_grad()
 def fill(module, salt=0):
-    """Every parameter by its place among the sorted names; so this also fails if a name is not the release's."""
+    """Fill every parameter by the place of its name among the sorted names; it depends on the release's names."""
     names = sorted(name for name, _ in module.named_parameters())
     for name, p in module.named_parameters():
         if name != "pos_embed" or p.requires_grad:
@@ -215,7 +215,7 @@ def test_semantic_order(grid):
     row, column = order // grid, order % grid
     distance = torch.hypot((row - row[:, :1]).double(), (column - column[:, :1]).double())
     assert (distance.diff(dim=1) >= 0).all()
-    assert not torch.equal(order, patch_order("semantic", similarity))  # the ties are shuffled anew
+    assert not torch.equal(order, patch_order("semantic", similarity))  # ties are in random order
 
 
 def test_ties_are_shuffled_evenly():
@@ -769,7 +769,7 @@ def test_no_code_of_a_torchscript_archive_runs(tmp_path, capfd):
     path = str(tmp_path / "ran").encode()
     hostile["saves"] = b"\x80\x02ctorch\nsaveStorage\n(}X%stR." % (len(path).to_bytes(4, "little") + path)  # torch.save
     for name, content in hostile.items():
-        for source, reason in (("prints", "is a TorchScript archive"), ("plain", "is refused: it asks to load .* code")):
+        for source, reason in (("prints", "is a TorchScript archive"), ("plain", "is refused: it asks to load .*")):
             with zipfile.ZipFile(tmp_path / f"{source}.pt") as old, zipfile.ZipFile(tmp_path / "bad.pt", "w") as new:
                 for entry in old.namelist():
                     new.writestr(entry, content if entry.endswith("/data.pkl") else old.read(entry))
@@ -808,10 +808,11 @@ def bad_files(folder):
         archive.writestr("x/data.pkl", bytes(2**27))
         archive.writestr("x/version", "3")
     twice = b'{"a":%s,"a":%s}' % (2 * (json.dumps(entry).encode(),))
-    cut = {f"cut{i}": (whole[:random.Random(i).randrange(len(whole) - 1)], corrupt) for i in range(4)}
-    cut |= {f"cut{i}.safetensors": (tensors[:random.Random(i).randrange(len(tensors) - 1)], corrupt) for i in range(4)}
+    files = {f"cut{i}": (whole[:random.Random(i).randrange(len(whole) - 1)], corrupt) for i in range(4)}
+    files |= {f"cut{i}.safetensors": (tensors[:random.Random(i).randrange(len(tensors) - 1)], corrupt)
+              for i in range(4)}
     without = {name: w for name, w in good.items() if not name.startswith("blocks.0.")}
-    return cut | {
+    return files | {
         "text": (b"no weights", corrupt), "empty": (b"", corrupt), "bomb": (bomb.getvalue(), corrupt),
         "header": (tensors_file({}, length=2**60), corrupt), "nested": (tensors_file(b"[" * 10**6), corrupt),
         "list": (tensors_file(b'{"a": 1}'), corrupt), "twice": (tensors_file(twice, zeros), corrupt),
@@ -1013,7 +1014,7 @@ def test_decode_modes(tmp_path, monkeypatch, without_torchvision):
     assert decoded(Image.new("RGB", (6, 4)), "turned.jpg", exif=exif).size == (4, 6)
 
 
-WARTS = {  # as README's table calls it: its path
+ODD_FILES = {  # as README's table calls it: its path
     "CMYK JPEG": "cat/cmyk.jpg", "PNG named .JPEG": "cat/png.JPEG", "turned by EXIF": "cat/exif.jpg",
     "grey JPEG": "cat/grey.jpg", "16-bit grey PNG": "cat/16bit.png",
     "palette, its other colour transparent": "cat/palette.png", "1 x 1 pixel": "cat/1x1.png",
@@ -1023,8 +1024,8 @@ WARTS = {  # as README's table calls it: its path
     "broken link": "cat/link.jpg", "class folder with no image": "dog"}
 
 
-def make_warts(train):
-    """WARTS in that folder; all that can be decoded is red above blue, or white above grey."""
+def make_odd_files(train):
+    """ODD_FILES in that folder; all that can be decoded is red above blue, or white above grey."""
     def halves(mode, top, bottom, size=(60, 40)):
         image = Image.new(mode, size, top)
         image.paste(bottom, (0, size[1] // 2, *size))
@@ -1055,7 +1056,7 @@ def make_warts(train):
     (cat / "link.jpg").symlink_to("nowhere.jpg")
 
 
-def test_what_happens_to_each_wart(tmp_path, monkeypatch, capsys):
+def test_what_happens_to_each_odd_file(tmp_path, monkeypatch, capsys):
     def colour(pixels):
         names = dict(red=(255, 0, 0), blue=(0, 0, 255), white=(255, 255, 255), grey=(128, 128, 128), black=(0, 0, 0))
         return min(names, key=lambda name: (pixels.float().mean((1, 2)) - torch.tensor(names[name])).norm())
@@ -1067,8 +1068,8 @@ def test_what_happens_to_each_wart(tmp_path, monkeypatch, capsys):
             return read(path, *args)
         return reading
 
-    make_warts(tmp_path / "data" / "train")
-    found = {name: tmp_path / "data" / "train" / path for name, path in WARTS.items()}
+    make_odd_files(tmp_path / "data" / "train")
+    found = {name: tmp_path / "data" / "train" / path for name, path in ODD_FILES.items()}
     monkeypatch.setattr(Image, "open", as_user(Image.open, PermissionError(13, "Permission denied")))
     monkeypatch.setattr(train, "read_file", as_user(train.read_file, RuntimeError("Permission denied")))
     images = train.load_data(str(tmp_path / "data"), "train")
@@ -1169,7 +1170,7 @@ def test_accumulation_changes_nothing(tmp_path):
 
 
 def same_weights(a, b, rtol=1e-4):
-    """Equal to 1e-6, which is fp32 rounding; but for key biases: softmax cancels them, so that their gradient is
+    """Equal to 1e-6, which is fp32 rounding; except for key biases: softmax cancels them, so that their gradient is
     rounding noise alone, and Adam scales noise up to the learning rate."""
     for name in a:
         x, y = (w[name].chunk(3)[::2] if "qkv.bias" in name else w[name] for w in (a, b))
@@ -1177,27 +1178,27 @@ def same_weights(a, b, rtol=1e-4):
             torch.testing.assert_close(x, y, rtol=rtol, atol=1e-6)
 
 
-def cut_at(step, monkeypatch):
-    """SIGTERM in the middle of that step."""
+def interrupt_at(step, monkeypatch):
+    """Send SIGTERM in the middle of that step."""
     update, updates = train.Run.update, []
 
-    def cut(self):
+    def interrupted(self):
         updates.append(1)
         if len(updates) == step:
             os.kill(os.getpid(), train.signal.SIGTERM)
         return update(self)
 
-    monkeypatch.setattr(train.Run, "update", cut)
+    monkeypatch.setattr(train.Run, "update", interrupted)
 
 
 @pytest.mark.parametrize("workers", (0, 2))
-def test_a_cut_run_ends_bit_for_bit_like_a_whole_one(tmp_path, monkeypatch, workers):
+def test_an_interrupted_run_ends_bit_for_bit_like_another(tmp_path, monkeypatch, workers):
     flags = ("--workers", str(workers), "--epochs", "3")
     whole = run(tmp_path, *flags, out="whole")
-    cut_at(4, monkeypatch)
-    assert run(tmp_path, *flags, out="cut")["step"] == 4
-    again = run(tmp_path, *flags, out="cut")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    interrupt_at(4, monkeypatch)
+    assert run(tmp_path, *flags, out="interrupted")["step"] == 4
+    again = run(tmp_path, *flags, out="interrupted")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "interrupted" / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert again["step"] == whole["step"] == 9
     for name, w in whole["model"].items():
@@ -1206,7 +1207,7 @@ def test_a_cut_run_ends_bit_for_bit_like_a_whole_one(tmp_path, monkeypatch, work
 
 @pytest.mark.parametrize("place,step", (("step", 3), ("flush", 2), ("renames", 2)))
 def test_kill_9_at_the_worst_moments(tmp_path, monkeypatch, place, step):
-    """In the middle of step 4, before what was written after step 3 is flushed, between the renames after step 3."""
+    """Kill in the middle of step 4, before the checkpoint of step 3 is flushed, or between its two renames."""
     flags, calls = ("--save_every_minutes", "0"), []
     whole = run(tmp_path, out="whole")
 
@@ -1245,9 +1246,9 @@ def test_runs_with_a_teacher(tmp_path):
 
 def test_ema_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     whole = run(tmp_path, "--target", "ema", out="whole")
-    cut_at(4, monkeypatch)
-    assert run(tmp_path, "--target", "ema", out="cut")["step"] == 4
-    again = run(tmp_path, "--target", "ema", out="cut")
+    interrupt_at(4, monkeypatch)
+    assert run(tmp_path, "--target", "ema", out="interrupted")["step"] == 4
+    again = run(tmp_path, "--target", "ema", out="interrupted")
     for part in ("model", "ema"):
         assert all(torch.equal(again[part][name], w) for name, w in whole[part].items())
     assert not torch.equal(whole["ema"]["norm.weight"], whole["model"]["norm.weight"])
@@ -1305,7 +1306,7 @@ def score(tmp_path, capsys, *flags, out="eval"):
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """Path of a pre-trained vit_nano, with its 12 + 12 images beside it."""
+    """Return the path of a pre-trained vit_nano; its 12 + 12 images are in the same folder."""
     run(tmp_path, "--epochs", "1")
     return str(tmp_path / "out" / "last.pt")
 
@@ -1327,7 +1328,7 @@ def test_positions_are_interpolated():
     assert torch.equal(semaim.resize_positions(positions, 7), positions)
     larger = semaim.resize_positions(positions, 14)
     assert larger.shape == (1, 197, 32) and torch.equal(larger[:, :1], positions[:, :1])
-    channel = positions[0, 1:, 12].reshape(7, 7)  # bicubic, pixel centres aligned: Pillow's, but for its a = -0.5
+    channel = positions[0, 1:, 12].reshape(7, 7)  # bicubic, pixel centres aligned; Pillow uses another a, -0.5
     upright = torch.full((1, 17, 4), 3.0)
     torch.testing.assert_close(semaim.resize_positions(upright, 9)[:, 1:], torch.full((1, 81, 4), 3.0))
     middle = larger[0, 1:, 12].reshape(14, 14)[4:10, 4:10].unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2))
@@ -1436,7 +1437,7 @@ def test_finetuning_learns_and_scores_again(tmp_path, capsys, pretrained):
     assert again["top1"] == result["best_top1"] and again["images"] == 12
     best = torch.load(tmp_path / "eval" / "best.pt", weights_only=True)
     assert best["top1"] == result["best_top1"] and "optimizer" not in best
-    # The finished run says its result again, but is not taken for another run.
+    # The finished run reports its result again; other settings are refused.
     assert score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained) == result
     for flags, message in ((["--blr", "9"], "last.pt was made with another value of --blr: 0.002, now 9.0. Repeat"),
                            (["--epochs", "1"], "last.pt was made with --epochs 2, now 1: a run can be extended")):
@@ -1448,14 +1449,14 @@ def test_finetuning_learns_and_scores_again(tmp_path, capsys, pretrained):
 
 
 @pytest.mark.parametrize("task", (("linear", *FINETUNE[1:]), (*FINETUNE, *HEAVY)))
-def test_a_cut_evaluation_ends_bit_for_bit_like_a_whole_one(tmp_path, capsys, monkeypatch, pretrained, task):
+def test_an_interrupted_evaluation_ends_bit_for_bit_like_another(tmp_path, capsys, monkeypatch, pretrained, task):
     whole = score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="whole")
-    cut_at(4, monkeypatch)
+    interrupt_at(4, monkeypatch)
     with pytest.raises(IndexError):  # it stops without a result
-        score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="cut")
-    assert torch.load(tmp_path / "cut" / "last.pt", weights_only=True)["step"] == 4
-    again = score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="cut")
-    a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True)["model"] for out in ("whole", "cut"))
+        score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="interrupted")
+    assert torch.load(tmp_path / "interrupted" / "last.pt", weights_only=True)["step"] == 4
+    again = score(tmp_path, capsys, *task, "--checkpoint", pretrained, out="interrupted")
+    a, b = (torch.load(tmp_path / out / "last.pt", weights_only=True)["model"] for out in ("whole", "interrupted"))
     assert again == whole and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -1626,20 +1627,20 @@ def test_bad_files_for_eval(tmp_path, capsys, pretrained):
 
 
 def start(*command):
-    """A process of its own, where train.py can be imported; its output is one text."""
+    """Start a Python process that can import train.py; stdout and stderr are one text."""
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(Path(train.__file__).parent))
     return subprocess.Popen([sys.executable, *map(str, command)], env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
 
 
 def torchrun(*command):
-    """Two processes by torchrun, their output and exit status."""
+    """Run two processes with torchrun; return their output and exit status."""
     process = start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command)
     said = process.communicate(timeout=300)[0]
     return said, process.returncode
 
 
-# Several runs one after another, for starting processes takes longer than all of them. DDP counts its sums.
+# Several runs in one start, because starting processes takes longer than the runs. DDP counts its all-reduces.
 SEVERAL = """
 import sys
 import torch.distributed.algorithms.ddp_comm_hooks.default_hooks as hooks
@@ -1672,9 +1673,9 @@ SPLITS = {"1x8": (8, 1), "1x4 twice": (4, 2), "2x4": (4, 1), "2x2 twice": (2, 2)
 
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory):
-    """Five steps of 8 images out of 24, of which two are broken, shared out in four ways in two orders, and cut after
-    step 2 of one process and gone on with two. -> (checkpoints and final losses by name, what the two processes
-    said, the folder)"""
+    """Train five steps of 8 images out of 24, of which two are unreadable, split in four ways, in two orders; and one
+    run that one process begins and two resume after step 2. Return (checkpoints and final losses by name, the output
+    of the two processes, the folder)."""
     root = tmp_path_factory.mktemp("splits")
     data = folder(root, 24)
     for path in sorted(data.glob("train/*/*"))[3:5]:
@@ -1690,9 +1691,9 @@ def splits(tmp_path_factory):
                 flags += ["--grad_checkpointing"] * (accum > 1)  # which changes nothing
                 together.append([*RUN, *flags, "--data", data, "--output_dir", out])
             ends[order, name] = out
-    cut = ends["raster", "cut"] = root / "cut"
-    run(root, *"--order raster --batch_size 8 --stop_after 2".split(), out=cut)
-    together.append([*together[0][:-1], cut])
+    resumed = ends["raster", "resumed"] = root / "resumed"
+    run(root, *"--order raster --batch_size 8 --stop_after 2".split(), out=resumed)
+    together.append([*together[0][:-1], resumed])
     together.append([*together[0][:-1], root / "folder-of-RANK"])
     (root / "several.py").write_text(SEVERAL)
     said, status = torchrun(root / "several.py", *(" ".join(map(str, flags)) for flags in together))
@@ -1724,7 +1725,7 @@ def test_two_processes_sum_once_a_step_and_share_what_was_unreadable(splits):
         assert "unreadable" not in checkpoint
 
 
-BREAKS = """
+FAILS = """
 import os
 import pickle
 import train
@@ -1734,7 +1735,7 @@ update, calls = train.Run.update, []
 def breaks(self):
     calls.append(1)
     if len(calls) == 4 and train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        raise RuntimeError("process 1 has had enough")
+        raise RuntimeError("process 1 has failed")
     return update(self)
 
 train.Run.update = breaks
@@ -1744,10 +1745,10 @@ train.main()
 
 def test_a_process_that_fails_brings_all_down_and_a_restart_goes_on(splits):
     (whole, _), root = splits[0]["raster", "2x4"], splits[2]
-    (root / "breaks.py").write_text(BREAKS)
+    (root / "breaks.py").write_text(FAILS)
     said, status = torchrun("--max-restarts=1", root / "breaks.py", *RUN, "--data", root / "data", "--order", "raster",
                             "--stop_after", "5", "--save_every_minutes", "0", "--output_dir", root / "broken")
-    assert status == 0 and "RuntimeError: process 1 has had enough" in said, said
+    assert status == 0 and "RuntimeError: process 1 has failed" in said, said
     assert "last.pt: resuming after step 3 of 6" in said
     again = torch.load(root / "broken" / "last.pt", weights_only=True)["model"]
     assert all(torch.equal(again[name], w) for name, w in whole["model"].items())
@@ -1864,7 +1865,7 @@ def fake_gpu(monkeypatch):
 
 
 def teacher_of(kind, *_):
-    """A random teacher with the grid of vit_nano, but another image size."""
+    """Return a random teacher with the grid of vit_nano, but another image size."""
     size = dict(img_size=16, patch_size=4, dim=64, depth=1, heads=1)
     return semaim.Teacher(semaim.CLIPTower(**size, out=24) if kind == "clip" else ViT(**size))
 
@@ -2025,7 +2026,7 @@ MARKS = ("torch.save(encoder_weights", "def least_first", "list_images(", "def t
 
 
 def readme_block(mark, changes=()):
-    """Run README's python block that contains `mark`, with some texts replaced to make it faster, and return its names."""
+    """Run README's python block that contains `mark`, with texts replaced to make it faster, and return its names."""
     block, = (block for block in BLOCKS if mark in block)
     for old, new in changes:
         assert old in block
@@ -2077,7 +2078,8 @@ def test_readme_features(readme_loop):
 
 def test_readme_teacher():
     pytest.importorskip("timm")
-    names = readme_block("def teacher", [("num_classes=0", "num_classes=0, depth=1"), ("depth=12", "depth=12, query_depth=1")])
+    names = readme_block("def teacher", [("num_classes=0", "num_classes=0, depth=1"),
+                                         ("depth=12", "depth=12, query_depth=1")])
     tokens = names["teacher"](names["images"])
     assert tokens.shape == (2, 197, 768) and not tokens.requires_grad
     model = names["model"]
@@ -2199,7 +2201,7 @@ def test_an_unreadable_image_is_named_and_left_out(tmp_path, capsys):
     assert "1 of 12 files were skipped" in said
 
 
-def test_whatever_a_decoder_raises_the_next_image_stands_in(tmp_path, monkeypatch):
+def test_the_next_image_replaces_one_that_a_decoder_fails_on(tmp_path, monkeypatch):
     data = train.load_data(str(folder(tmp_path)), "train")
     images = train.Views(data, EVAL_VIEW)
     next_one, decode = images[0, 6], train.decode
@@ -2231,24 +2233,24 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     assert checkpoint["step"] <= 3 and all(w.isfinite().all() for w in checkpoint["model"].values())
 
 
-@pytest.mark.parametrize("damage", ("torn", "foreign", "gone"))
+@pytest.mark.parametrize("damage", ("corrupt", "foreign", "missing"))
 def test_the_checkpoint_before_a_bad_one_is_taken(tmp_path, capsys, damage):
     whole = run(tmp_path, out="whole")
     run(tmp_path, "--save_every_minutes", "0", "--stop_after", "4")
     said = capsys.readouterr().err
     assert "stopped after step 4 of 6" in said and "Run the same command without --stop_after to resume" in said
     last = tmp_path / "out" / "last.pt"
-    if damage == "torn":
+    if damage == "corrupt":
         last.write_bytes(last.read_bytes()[:9999])
     elif damage == "foreign":
         torch.save(whole["model"], last)
-    else:  # cut between the two renames of a save
+    else:  # killed between the two renames of a save
         last.unlink()
     again = run(tmp_path)
     said = capsys.readouterr().err
     assert "last.pt: resuming after step 3 of 6" in said
-    assert ("last.pt is corrupt, or from another program; renamed to last.bad" in said) == (damage != "gone")
-    assert (tmp_path / "out" / "last.bad").exists() == (damage != "gone")  # it took no good one's place
+    assert ("last.pt is corrupt, or from another program; renamed to last.bad" in said) == (damage != "missing")
+    assert (tmp_path / "out" / "last.bad").exists() == (damage != "missing")  # the previous checkpoint was kept
     assert all(torch.equal(again["model"][name], w) for name, w in whole["model"].items())
 
 
@@ -2283,7 +2285,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_file(tmp_path, monkeypatc
     assert not (tmp_path / "out" / "log.jsonl").read_text().endswith("}\n")
     assert not (tmp_path / "out" / "last.tmp").exists()
     monkeypatch.setattr(train.Run, "update", clip)
-    assert run(tmp_path)["step"] == 6  # there is room again, and the torn line of the log does no harm
+    assert run(tmp_path)["step"] == 6  # there is room again; the incomplete line of the log does no harm
 
 
 # ---------------------------------------------------------------- no silent surprises ----
@@ -2343,7 +2345,8 @@ def test_the_total_batch_is_the_recipes():
 def test_fewer_images_than_a_batch(tmp_path, capsys):
     flags = ["--data", folder(tmp_path), "--epochs", 2, "--workers", 0, "--output_dir", tmp_path / "out"]
     train.main([str(flag) for flag in flags])
-    assert "the total batch is 12 (12 images x 1 micro-batches x 1 processes) instead of 128, because" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the total batch is 12 (12 images x 1 micro-batches x 1 processes) instead of 128, because" in said
     assert train.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
 
 
@@ -2523,7 +2526,7 @@ def test_order_statistics(tmp_path):
     content = train.order_statistics(encoder(lambda images: patchify(images, 8).mean(-1)), data, "cls", args)
     assert content["position_share"] < 0.9 and content["mirrored"] == 1
     noise = train.order_statistics(encoder(lambda images: torch.rand(len(images), 16)), data, "cls", args)
-    assert noise["position_share"] == pytest.approx(1 / 12, abs=0.1)  # what 12 images leave of nothing
+    assert noise["position_share"] == pytest.approx(1 / 12, abs=0.1)  # about 1 / 12 for 12 independent maps
 
 
 def test_evaluation_and_milestones_while_training(tmp_path):
@@ -2575,8 +2578,8 @@ def test_progress_in_a_log_file_is_plain_lines(tmp_path, capsys):
 
 
 def interrupted(out, number, seconds, *command):
-    """Starts the command and sends it, or one of torchrun's processes, the signal, at a random moment of the `seconds`
-    that follow the first save -> its output and exit status."""
+    """Start the command and send it, or one of torchrun's processes, a signal at a random moment within `seconds` after
+    the first save. Return its output and exit status."""
     process = start(*command)
     while not (out / "last.pt").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -2591,8 +2594,8 @@ def interrupted(out, number, seconds, *command):
 
 
 def chaos():
-    """Cuts runs of 24 steps at random moments, lets each go on, and compares its weights with an uncut run's, bit for
-    bit; a save follows every step, so that many cuts fall into one. -> exit status"""
+    """Interrupt runs of 24 steps at random moments, resume them, and compare their weights bit for bit with those of an
+    uninterrupted run. Every step saves, so that many interruptions hit a save. Return the exit status."""
     single, pair = (train.__file__,), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     kinds = {"kill -9": (20, signal.SIGKILL, single, single), "SIGTERM": (5, signal.SIGTERM, single, single),
              "kill -9 of one of two processes under --max-restarts": (
@@ -2615,9 +2618,9 @@ def chaos():
                 said, status = interrupted(out, number, seconds, *command, *mine)
                 writing = (out / "last.tmp").exists()
                 step = train.load_checkpoint(out / "last.pt")["step"]
-                if command != single:  # it has gone on by itself
+                if command != single:  # torchrun has restarted it
                     step = int((re.findall(r"resuming after step (\d+)", said) or [step])[-1])
-                if step == 24:  # the signal came too late: once more, sooner
+                if step == 24:  # the signal came too late: try again, sooner
                     seconds *= 0.8
                     continue
                 if command == single:
@@ -2628,9 +2631,9 @@ def chaos():
                 good = status == expected and told and end["step"] == 24 and all(
                     torch.equal(end["model"][key], w) for key, w in whole["model"].items())
                 done, same, inside, failed = done + 1, same + good, inside + writing, failed + (not good)
-                print(f"{name}, {workers} workers{', inside a write' * writing}, gone on from step {step} of 24: "
+                print(f"{name}, {workers} workers{', inside a write' * writing}, resumed after step {step} of 24: "
                       + ("identical" if good else f"DIFFERENT, exit status {status}\n{said}"), flush=True)
-            summary.append(f"{name}: {same} of {count} identical" + f", {inside} cut inside a write" * (inside > 0))
+            summary.append(f"{name}: {same} of {count} identical" + f", {inside} inside a write" * (inside > 0))
     print("\n".join(summary))
     return min(failed, 1)
 
