@@ -634,8 +634,8 @@ def _read_safetensors(path) -> dict[str, Tensor]:
         raise ValueError("the tensors do not fill the file, or a name occurs twice")
     return weights
 
-TORCHSCRIPT = ("is a TorchScript archive, and reading one can run code. If you trust it, convert it: python -c \"import "
-               "torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
+TORCHSCRIPT = ("is a TorchScript archive, and reading one can run code. If you trust it, convert it: python -c "
+               "\"import torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
 
 
 def _read_file(path):
