@@ -10,7 +10,7 @@
 
 FILE is any file that semaim.load_weights reads; without --checkpoint the weights are random, which is the baseline. DIR
 holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used for scores and to choose best.pt, for nothing else.
-The last line printed is one JSON object, with task, top1 and top5 in %, or for show with the picture's path.
+The last line printed is one JSON object: task, top1 and top5 in %, or for show the picture's path.
 """
 import json
 import time
@@ -28,7 +28,7 @@ from semaim import (ANCHORS, ARCHS, SemAIM, ViT, load_weights, patch_order, pool
 from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, collect, eval_batches, gather,
                    knn_votes, learning_rate, load_data, normalise, positive, say)
 
-# The release's recipes, for ViT-B on ImageNet; vit_nano's own, for small data sets on a CPU.
+# The release's recipes, for ViT-B on ImageNet. NANO: what differs for vit_nano, on small data sets and a CPU.
 RECIPES = {
     "knn": dict(batch_size=256, total_batch=256, pool="cls"),
     "linear": dict(batch_size=512, total_batch=4096, epochs=90, warmup_epochs=0.0, blr=0.1, min_lr=0.0,
@@ -192,7 +192,7 @@ def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list
 @torch.no_grad()
 def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
     """Predict the five best classes (n, 5) of all images, in evaluation mode; also return the labels (n,)."""
-    for buffer in model.buffers() if WORLD > 1 else ():  # each process has its own BatchNorm statistics
+    for buffer in model.buffers() if WORLD > 1 else ():  # the BatchNorm statistics of the first process are used
         dist.broadcast(buffer, 0)
     was_training = model.training
     model.eval()
@@ -215,8 +215,10 @@ def knn(args, weights, data: Images, val: Images):
     if max(args.k) > len(bank):
         raise ValueError(f"--k {max(args.k)} is larger than the training set ({len(bank)} images)")
     queries, truth = train.features(vit, val, args, [args.pool])
-    guesses = {k: gather(best_five(knn_votes(queries[RANK::WORLD, 0], bank[:, 0], labels, len(data.classes), k)),
-                         len(queries)) for k in args.k}
+    guesses = {}
+    for k in args.k:  # the processes share the queries
+        votes = knn_votes(queries[RANK::WORLD, 0], bank[:, 0], labels, len(data.classes), k)
+        guesses[k] = gather(best_five(votes), len(queries))
     report_score(args, guesses[args.k[0]], truth, data.classes, k={k: score(guesses[k], truth) for k in args.k})
 
 
@@ -241,7 +243,7 @@ def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], 
 
 def linear_cached(args, weights, data: Images, val: Images):
     """Train the linear probe on features that are computed once, without augmentation. A held-out tenth of the data
-    chooses the learning rate; then the classifier is trained again on all of it. Every process does the same."""
+    chooses the learning rate; then the classifier is trained again on all of it. Every process trains the same one."""
     classes = len(data.classes)
     probe = Probe(make_encoder(args, weights), args.pool, classes).to(DEVICE).eval()
     x, y = train.features(probe.backbone, data, args, [args.pool])
@@ -258,7 +260,7 @@ def linear_cached(args, weights, data: Images, val: Images):
         f"{(time.monotonic() - start) / args.epochs:.2f} s per epoch")
     right = [(head(x[held]).argmax(1) == y[held]).float().mean().item() for head in heads]
     lr = lrs[right.index(max(right))]
-    probe.head[1], = fit_heads(x, y, classes, [lr], args)
+    probe.head[1] = fit_heads(x, y, classes, [lr], args)[0]
     report_score(args, *classify(probe, val, args), data.classes, lr=lr)
     if RANK == 0:
         train.save_checkpoint(Path(args.output_dir) / "cached.pt", dict(model=probe.state_dict(), config=vars(args)))
@@ -283,6 +285,7 @@ def train_classifier(args, weights, data: Images, val: Images):
     run = Run(args, model, optimizer, len(data))
     say(f"{run.last_step:,} steps of {run.total_batch}")
 
+    result = None
     model.train()
     for _, micro_batches in run.steps(Views(data, view, args.seed)):
         lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
@@ -293,8 +296,9 @@ def train_classifier(args, weights, data: Images, val: Images):
                 loss = F.cross_entropy(run.forward(images), labels, label_smoothing=args.smoothing)
             run.backward(loss)
         run.log_step(lr=lr, **run.update())
-        if run.epoch_ended(args.eval_every) and not run.stopping:
-            scores = score(*classify(model, val, args))
+        if (run.epoch_ended(args.eval_every) and not run.stopping) or run.finished:
+            result = classify(model, val, args)
+            scores = score(*result)
             say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
             run.log(**scores)
             if scores["top1"] > run.best:
@@ -304,19 +308,19 @@ def train_classifier(args, weights, data: Images, val: Images):
             run.save()
 
     if run.finished:
-        report_score(args, *classify(model, val, args), data.classes, best_top1=run.best, step=run.last_step)
+        report_score(args, *(result or classify(model, val, args)), data.classes, best_top1=run.best,
+                     step=run.last_step)
 
 
 # ---------------------------------------------------------------- pictures ----
 
 
-def make_decoder(args, weights) -> SemAIM | None:
+def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
     """Build the whole SemAIM model of --checkpoint if the file has one that predicts pixels, else None."""
     out = next((len(weights[f"prediction_head.{name}weight"]) for name in ("fc2.", "")
                 if f"prediction_head.{name}weight" in weights), 0)
     if out != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
         return None
-    vit = vit_like(weights, args.heads)
     model = SemAIM(args.img_size, args.patch_size, vit.cls_token.shape[-1], len(vit.blocks), vit.blocks[0].attn.heads,
                    query_depth=len({name.split(".")[1] for name in weights if name.startswith("query_blocks.")}),
                    head="mlp" if "prediction_head.fc2.weight" in weights else "linear")
@@ -339,14 +343,15 @@ def show(args, weights):
                                          [args.img_size, args.img_size]) for picture in pictures])
     options = dict(activation=args.activation) if weights and "proj.weight" in weights else {}  # CLIP
     vit = make_encoder(args, weights, **options).to(DEVICE).eval()
-    decoder = weights and make_decoder(args, weights)
+    decoder = weights and make_decoder(args, weights, vit)
     batch = normalise(pictures)
     anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
     rows = {"image": pictures / 255}
     for name in dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS):
         rows[f"similarity\n({name})" if name != "attention" else "attention"] = train.anchor_map(vit, batch, name)
-    order = patch_order("semantic", train.anchor_map(vit, batch, anchor))
-    rows[f"order\n(by {anchor})"] = order
+    kind = weights.config.get("order", "semantic") if weights else "semantic"
+    order = patch_order(kind, train.anchor_map(vit, batch, anchor))
+    rows[f"order\n({kind},\nby {anchor})"] = order
     if decoder:
         rows |= train.decoder_rows(decoder.to(DEVICE), batch, decoder(batch, order))
     path = Path(args.output_dir) / "show.png"
@@ -389,7 +394,8 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
     add = parser.add_argument_group("evaluation").add_argument
     if task == "show":
         add("images", nargs="*", metavar="IMAGE", help="image files; without any, eight images of --data")
-        add("--anchor", choices=ANCHORS, help="draw this map and the attention only (default: all; order by the run's)")
+        add("--anchor", choices=ANCHORS, help="draw only this map and the attention, and order by it (default: draw "
+            "all, order by the run's anchor)")
         add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="of a CLIP file")
         parser.set_defaults(eval_only=False)
         return
@@ -453,7 +459,7 @@ def parse_args(argv=None):
     if args.output_dir is None:
         folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{args.arch}-random"
         args.output_dir = str(folder / "-".join([args.task] + [Path(args.data).resolve().name] * (args.task != "show")))
-    # With cached features every process trains the whole classifier, so that their number does not divide the batch.
+    # With cached features every process trains the whole classifier: the batch is not split over processes.
     train.settle(args, recipes[args.task], 1 if getattr(args, "cache_features", False) else WORLD)
     return args, weights
 

@@ -248,7 +248,7 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
 
 
 def content_free(function: Callable) -> Callable:
-    """Mark an order that uses only the shape of the similarity, so that SemAIM does not compute the similarity."""
+    """Mark an order that uses only the shape of the similarity, SemAIM then skips the similarity pass."""
     function.content_free = True
     return function
 
@@ -309,7 +309,7 @@ def patch_order(kind, similarity: Tensor) -> Tensor:
     """Order the patches: similarity (N, L) -> order (N, L) long, where order[n, t] is the patch predicted at step t.
 
     kind: a name in ORDERS, or any function similarity -> order; to try a new order, write one and pass it. Raises
-    ValueError for another shape or type. Whether rows are permutations is not checked: a GPU would have to wait."""
+    ValueError for another shape or type. Whether rows are permutations is not checked: it would synchronise the GPU."""
     if not callable(kind):
         _check("order", kind, ORDERS)
         kind = ORDERS[kind]
@@ -634,6 +634,7 @@ def _read_safetensors(path) -> dict[str, Tensor]:
         raise ValueError("the tensors do not fill the file, or a name occurs twice")
     return weights
 
+
 TORCHSCRIPT = ("is a TorchScript archive, and reading one can run code. If you trust it, convert it: python -c "
                "\"import torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
 
@@ -661,8 +662,11 @@ def _read_file(path):
         raise ValueError(f"{path} cannot be read: {e.strerror or e}") from None
     except Exception as e:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(e))
-        reason = (str(e) if str(e) == TORCHSCRIPT else f"is refused: it asks to load {unsafe[1]}, which could run code"
-                  if unsafe else "is corrupt, or not a file of weights")
+        reason = str(e) if str(e) == TORCHSCRIPT else "is corrupt, or not a file of weights"
+        if unsafe:
+            reason = f"is refused: it asks to load {unsafe[1]}, which could run code"
+        elif type(e) is ValueError and str(e) != TORCHSCRIPT:
+            reason += f" ({e})"
         raise ValueError(f"{path} {reason}") from None
 
 
@@ -688,7 +692,7 @@ class Weights(dict):
 
 
 def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], str]:
-    """Find the image encoder in the content of a file of that many bytes -> (its weights in fp32, name of the part)."""
+    """Find the image encoder in the content of a file -> (its weights in fp32, name of the part). size: of the file."""
     keys = [key] if key else ["teacher", "student", "model", "state_dict"]
     file = file if isinstance(file, dict) else {}
     part = next((k for k in keys if isinstance(file.get(k), dict)), "")
@@ -821,7 +825,8 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     heads = heads or (16 if dim in (1280, 1408) else dim // 64 if dim % 64 == 0 else None)
     if heads is None:
-        raise ValueError(f"the weights do not tell how many heads a ViT {dim} wide has: pass heads=")
+        raise ValueError(f"the weights do not tell how many heads a ViT of width {dim} has; give heads=, or --heads or "
+                         "--teacher_heads")
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0

@@ -1278,7 +1278,7 @@ def test_optimizer_groups_and_clipping(tmp_path, monkeypatch):
         assert (id(p) in free) == (p.ndim == 1), name
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.05, 0.0]
     flags = ["--clip_grad", "0.01", "--batch_size", "2", "--accum_iter", "1", "--output_dir", str(tmp_path)]
-    clipping = train.Run(train.parse_args(flags), model, optimizer, images=2)
+    clipping = train.Run(train.parse_args(flags), model, optimizer, n_images=2)
     clipping.backward(model(torch.randn(2, 3, 8, 8)).loss)
     monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
     before = clipping.update()["grad_norm"]
@@ -1658,7 +1658,7 @@ def counting(model, **options):
     return wrapped
 
 train.dist.init_process_group = lambda *args, **options: train.dist.is_initialized() or join(*args, **options)
-train.dist.destroy_process_group = lambda: None
+leave, train.dist.destroy_process_group = train.dist.destroy_process_group, lambda: None
 train.DistributedDataParallel = counting
 for flags in sys.argv[1:]:
     sums.clear()
@@ -1667,6 +1667,7 @@ for flags in sys.argv[1:]:
     except SystemExit as e:
         print(f"process {train.RANK} ended with {e}", flush=True)
     print(f"process {train.RANK} summed gradients {sum(sums)} times", flush=True)
+leave()
 """
 SPLITS = {"1x8": (8, 1), "1x4 twice": (4, 2), "2x4": (4, 1), "2x2 twice": (2, 2)}  # batch_size, accum_iter
 
@@ -1775,7 +1776,7 @@ def compare_compiled(folder):
         args = train.parse_args([*RUN, "--compile", "--grad_checkpointing", "--batch_size", str(4 // train.WORLD),
                                  "--output_dir", str(folder)])
         model, _ = train.make_model(args)
-        training = train.Run(args, model, train.make_optimizer(model, 0.05), images=12)
+        training = train.Run(args, model, train.make_optimizer(model, 0.05), n_images=12)
         mine = slice(train.RANK, None, train.WORLD)
         for _ in range(2):  # DDP builds its buckets anew after the first time
             model.zero_grad()
@@ -2008,7 +2009,7 @@ def test_the_backward_pass_copies_nothing(monkeypatch, tmp_path, target):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     args = gpu_args(target, "--output_dir", str(tmp_path), "--grad_checkpointing")
     model, teacher = (module and module.to("meta") for module in train.make_model(args))
-    training = train.Run(args, model, train.make_optimizer(model, 0.05), images=12)
+    training = train.Run(args, model, train.make_optimizer(model, 0.05), n_images=12)
     images = torch.zeros(4, 3, 32, 32, device="meta")
     with Waits() as waits:
         out = training.forward(images, **train.teacher_inputs(teacher, images, args.anchor))
@@ -2144,7 +2145,7 @@ def test_heads_are_not_guessed():
     assert [heads(dim) for dim in (64, 128, 384, 768, 1024, 1280, 1408)] == [1, 2, 6, 12, 16, 16, 16]
     assert all(heads(arch["dim"]) == arch["heads"] for arch in semaim.ARCHS.values())
     assert heads(96, heads=3) == 3 and heads(1280, heads=20) == 20
-    with pytest.raises(ValueError, match="do not tell how many heads a ViT 96 wide has: pass heads="):
+    with pytest.raises(ValueError, match="do not tell how many heads a ViT of width 96 has; give heads="):
         heads(96)
 
 
@@ -2180,7 +2181,7 @@ def test_bad_files(tmp_path):
     run(tmp_path)
     with pytest.raises(SystemExit, match="last.pt was made with another value of --arch: vit_nano, now vit_tiny"):
         run(tmp_path, "--arch", "vit_tiny", "--resume", str(tmp_path / "out" / "last.pt"), out="other")
-    torch.save(dict(model={}, config={}, step=1), tmp_path / "other.pt")
+    torch.save(dict(model={}, config={}, step=1, optimizer={}), tmp_path / "other.pt")
     with pytest.raises(SystemExit, match="other.pt was made with another value of --anchor: None, now cls"):
         run(tmp_path, "--resume", str(tmp_path / "other.pt"), out="other")
     with pytest.raises(SystemExit, match="last.pt was made with another value of --order: semantic, now raster"):
@@ -2227,7 +2228,7 @@ def test_fewer_epochs_than_are_done(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
-    with pytest.raises(SystemExit, match="the loss is (nan|inf).* at step [123]; the last good checkpoint is kept"):
+    with pytest.raises(SystemExit, match="the loss is (nan|inf).* at step [123]. .* keeps the last checkpoint"):
         run(tmp_path, "--blr", "1e30", "--save_every_minutes", "0")
     checkpoint = train.load_checkpoint(tmp_path / "out" / "last.pt")
     assert checkpoint["step"] <= 3 and all(w.isfinite().all() for w in checkpoint["model"].values())
@@ -2340,6 +2341,27 @@ def test_the_total_batch_is_the_recipes():
                             (["--batch_size", "32", "--accum_iter", "3"], (32, 3)), (["--accum_iter", "2"], (128, 2))):
         args = train.parse_args(flags)
         assert (args.batch_size, args.accum_iter) == expected and args.total_batch == math.prod(expected)
+
+
+def test_a_micro_batch_of_one_image():
+    assert train.split_batch(2048, 1, 3) == (1, 682) and train.split_batch(128, 128, 256) == (1, 1)
+
+
+def test_weights_alone_are_not_resumed(tmp_path):
+    run(tmp_path, "--keep_every", "1")
+    with pytest.raises(SystemExit, match="epoch-1.pt holds only weights; resume from a last.pt, or use --init_weights"):
+        run(tmp_path, "--resume", str(tmp_path / "out" / "epoch-1.pt"), out="other")
+    torch.save(clip_weights(), tmp_path / "clip.pt")
+    with pytest.raises(SystemExit, match="clip.pt is a CLIP tower, which is another kind of ViT"):
+        run(tmp_path, "--init_weights", str(tmp_path / "clip.pt"), out="other")
+
+
+def test_a_folder_without_train_is_not_split(tmp_path):
+    for path in ("photos/one.png", "photos/test/two.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / path)
+    data = str(tmp_path / "photos")
+    assert len(train.load_data(data, "train")) == 2 and train.load_data(data, "val") is None
 
 
 def test_fewer_images_than_a_batch(tmp_path, capsys):

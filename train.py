@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py --arch vit_base --data DIR    the same on 8 GPUs (--nnodes for more)
 
 DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*), or just images. Run the same command again to resume an
-interrupted run. A random number depends only on the seed and on what it is drawn for: a step and process, or an epoch
-and image. The number of workers and the place of an interruption therefore do not change the result.
+interrupted run. Each random number is seeded by --seed and its place: (step, micro-batch, process) for patch orders and
+mixing, (epoch, image) for views. The number of workers and the place of an interruption do not change the result.
 
 The file reads in this order: recipes, processes, data, optimiser and schedule, checkpoints and the run, evaluation and
 pictures, train(), command line.
@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -49,7 +50,7 @@ except ImportError:
 from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, ViT, ema_teacher, ema_update, load_teacher, load_weights,
                     pixel_target, pool_tokens, similarity_map, unpatchify)
 
-# The release's recipe. batch_size is the most that one process holds at a time; accumulation makes up total_batch.
+# The release's recipe. batch_size: largest micro-batch of a process; total_batch: images per step over all processes.
 PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30.0, blr=2e-4, min_lr=0.0,
              weight_decay=0.05, clip_grad=3.0, eval_every=20, keep_every=400)
 RECIPES = {
@@ -77,8 +78,8 @@ def say(message: str):
 
 
 def join_processes():
-    """Set up the device and, under torchrun, join the other processes. Raise ValueError if another launcher started
-    several copies that do not know of each other."""
+    """Set up the device and, under torchrun, join the other processes. Raise ValueError if several processes were
+    started without torchrun."""
     tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(f"{tasks} separate copies of this program were started, and all would write the same files. "
@@ -95,16 +96,16 @@ def join_processes():
             # torchrun's store survives restarts; prefix the keys so that workers do not read stale addresses.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             if WORLD > LOCAL_WORLD and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-                say("--max-restarts over several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every "
-                    "node, because nodes that count restarts differently would otherwise wait for each other")
+                say("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every "
+                    "node, because nodes may count restarts differently and then wait for each other")
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
                                 timeout=datetime.timedelta(minutes=30),  # listing or saving may take a while
                                 device_id=DEVICE if cuda else None)
 
 
 def autocast(precision: str):
-    """Return the mixed-precision context of a forward pass. It caches no casts: each weight is used once, and with
-    --grad_checkpointing the cache would need more memory than the activations."""
+    """Return the mixed-precision context of a forward pass. Without autocast's cache, which saves
+    little and with --grad_checkpointing needs more memory than the activations."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
     return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
@@ -208,7 +209,7 @@ class Images:
     """A set of images: pixels, uint8 (n, 3, H, W), or the paths of n files; labels (n,) and class names, or None."""
 
     def __init__(self, items, labels=None, classes=None):
-        # One array of bytes instead of a list of str: loader workers then share it without copying it.
+        # One array of bytes, which forked loader workers share. A list of str would be copied to each as it is used.
         self.items = items if torch.is_tensor(items) else np.array([os.fsencode(path) for path in items])
         self.labels, self.classes = labels, classes
         self.unreadable = set()  # indices of the files that could not be read so far
@@ -257,14 +258,10 @@ def load_data(data: str, split: str, data_root: str = "data", classes=None):
     root = Path(data)
     if not root.is_dir():
         raise ValueError(f"--data {data} is neither a folder nor one of {', '.join(DATASETS)}")
-    folder = root / split
-    if split == "val" and not folder.is_dir():
-        folder = root / "test"
-    if folder.is_dir():
-        return load_folder(folder, classes)
-    if split == "val":
-        return None
-    return Images(list_images(root))  # no train/: any folder of images, without labels
+    if not (root / "train").is_dir():  # any folder of images, without labels
+        return Images(list_images(root)) if split == "train" else None
+    folder = next((root / name for name in (split, "test") if (root / name).is_dir()), None)
+    return folder and load_folder(folder, classes)
 
 
 def load_torchvision(data: str, split: str, data_root: str) -> Images:
@@ -345,8 +342,8 @@ def eval_view(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class Views(Dataset):
-    """Images through a transform. A key is (epoch, index); an item is (view uint8 (3, size, size), label or -1, index
-    of an unreadable file or -1).
+    """Images through a transform. The keys are (epoch, index). An item has three parts: the view, uint8
+    (3, size, size); the label, or -1; the index of an unreadable file, or -1.
 
     The transform's random numbers depend only on (seed, epoch, index). The next readable file replaces an unreadable
     one, so that batches keep their size. Raises OSError if 100 files in a row are unreadable."""
@@ -378,8 +375,8 @@ class Views(Dataset):
 class Batches(Sampler):
     """The keys of this process's micro-batches, from step `start` to step `stop`, across epochs.
 
-    Step s of an epoch takes the s-th slice of batch * accum_iter * WORLD images of that epoch's shuffle, however they
-    are split: process r takes every WORLD-th image of the slice, in accum_iter micro-batches."""
+    The images of a step depend only on the total batch, batch * accum_iter * WORLD: process r takes every WORLD-th of
+    them, in accum_iter micro-batches."""
 
     def __init__(self, n: int, batch: int, accum_iter: int, seed: int, start: int, stop: int):
         self.n, self.batch, self.accum_iter, self.seed = n, batch, accum_iter, seed
@@ -428,9 +425,9 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 def split_batch(total: int, largest: int, processes: int) -> tuple[int, int]:
     """Split a total batch evenly: images per process and micro-batch (at most `largest`), micro-batches per step. The
-    rounding leaves out fewer than processes x micro-batches images."""
-    accum_iter = -(-total // (processes * largest))
-    return total // (processes * accum_iter), accum_iter
+    total is rounded down to a multiple of processes x micro-batches."""
+    accum_iter = max(1, min(-(-total // (processes * largest)), total // processes))
+    return max(1, total // (processes * accum_iter)), accum_iter
 
 
 def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, min_lr: float = 0.0) -> float:
@@ -469,7 +466,7 @@ def previous(path: Path) -> Path:
 
 def save_checkpoint(path: Path, checkpoint: dict):
     """Write to a temporary file, flush, keep the old file as `previous`, and rename. Whenever the program is killed,
-    one of the two files is complete. Raises OSError."""
+    at least one of path and previous(path) is complete. Raises OSError."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -485,15 +482,15 @@ def save_checkpoint(path: Path, checkpoint: dict):
 
 
 def load_checkpoint(path) -> dict:
-    """Read a checkpoint of this file, or the previous one if it is damaged, foreign or missing. Raises OSError if it
-    cannot be read now, and ValueError if there is no good one."""
+    """Read a checkpoint of this file, or the previous one if it is damaged, foreign or missing. Raises OSError for
+    a read error, which may pass, and ValueError if there is no valid file."""
     path = Path(path)
     for file in filter(Path.exists, (path, previous(path))):
         try:
             checkpoint = torch.load(str(file), map_location="cpu", mmap=True, weights_only=True)
         except Exception as e:  # torch.load raises many types; the checksums tell damage from an error while reading
             with contextlib.suppress(zipfile.BadZipFile, EOFError):
-                if zipfile.ZipFile(file).testzip() is None:
+                if not isinstance(e, pickle.UnpicklingError) and zipfile.ZipFile(file).testzip() is None:
                     raise OSError(f"{file} could not be read ({str(e).splitlines()[0]}); try again") from e
             continue
         if {"model", "config", "step"} <= set(checkpoint):
@@ -501,7 +498,7 @@ def load_checkpoint(path) -> dict:
     else:
         raise ValueError(f"{path} is corrupt, or from another program, and there is no previous checkpoint; move it "
                          "away to start again" if path.exists() else f"{path}: no such file")
-    if file != path and RANK == 0 and path.exists():  # keep the bad file from replacing the good previous one
+    if file != path and RANK == 0 and path.exists():  # or the next save would keep it as `previous`
         os.replace(path, path.with_suffix(".bad"))
         say(f"{path} is corrupt, or from another program; renamed to {path.with_suffix('.bad').name}, and "
             f"{file.name} is used instead")
@@ -515,10 +512,11 @@ def file_hash(path) -> str | None:
 
 # ---------------------------------------------------------------- the run: state, files, signals, progress ----
 
-# Flags that do not change the result; all others must be the same when a run is resumed.
-FREE = {"output_dir", "data_root", "resume", "batch_size", "accum_iter", "epochs", "stop_after", "compile", "workers",
-        "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images", "checkpoint", "teacher",
-        "init_weights", "per_class"}
+# Flags that may differ when a run is resumed. They change nothing, or only rounding and random ties (batch_size,
+# accum_iter, compile). All others must be the same.
+MAY_CHANGE = {"output_dir", "data_root", "resume", "batch_size", "accum_iter", "epochs", "stop_after", "compile",
+              "workers", "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images",
+              "checkpoint", "teacher", "init_weights", "per_class"}  # the content of these files is compared instead
 NAMES = {"total_batch": "the total batch (--batch_size x --accum_iter x processes)",
          "images": "the number of training images", "checkpoint_hash": "the SHA-256 of --checkpoint",
          "teacher_hash": "the SHA-256 of --teacher", "init_weights_hash": "the SHA-256 of --init_weights"}
@@ -526,7 +524,7 @@ NAMES = {"total_batch": "the total batch (--batch_size x --accum_iter x processe
 
 def check_config(path, old: dict, new: dict):
     """Refuse to resume with settings that change the result. More epochs are allowed, and reported."""
-    for name in sorted(new.keys() - FREE, key=lambda name: (name in NAMES, name)):
+    for name in sorted(new.keys() - MAY_CHANGE, key=lambda name: (name in NAMES, name)):
         if old.get(name) != new[name]:
             raise ValueError(f"{path} was made with another value of {NAMES.get(name, '--' + name)}: {old.get(name)}, "
                              f"now {new[name]}. Repeat the command as it was, or choose another --output_dir")
@@ -541,20 +539,20 @@ def check_config(path, old: dict, new: dict):
 class Run:
     """A training run: its model, optimiser and step, its files in --output_dir, signals and progress.
 
-    The run resumes from last.pt if the folder has one. train() below shows how it is used. images: how many there are
-    to train on; ema: a module that is saved with the model. Raises ValueError or OSError.
+    The run resumes from last.pt if the folder has one. train() below shows how it is used. n_images: the size of the
+    training set; ema: a module that is saved with the model. Raises ValueError or OSError.
     """
 
-    def __init__(self, args, model, optimizer, images: int, ema=None):
+    def __init__(self, args, model, optimizer, n_images: int, ema=None):
         self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema
-        if images < WORLD:
-            raise ValueError(f"--data {args.data}: {images} images are fewer than {WORLD} processes")
-        self.batch, self.accum_iter = split_batch(min(args.total_batch, images), args.batch_size, WORLD)
+        if n_images < WORLD:
+            raise ValueError(f"--data {args.data}: {n_images} images are fewer than {WORLD} processes")
+        self.batch, self.accum_iter = split_batch(min(args.total_batch, n_images), args.batch_size, WORLD)
         self.total_batch = self.batch * self.accum_iter * WORLD
-        self.steps_per_epoch = images // self.total_batch
+        self.steps_per_epoch = n_images // self.total_batch
         self.last_step = self.steps_per_epoch * args.epochs
         self.end = min(self.last_step, args.stop_after or self.last_step)
-        self.config = vars(args) | dict(total_batch=self.total_batch, images=images) | {
+        self.config = vars(args) | dict(total_batch=self.total_batch, images=n_images) | {
             f"{name}_hash": file_hash(getattr(args, name, None)) for name in ("checkpoint", "init_weights", "teacher")}
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
         self.step, self.seconds, self.best = 0, 0.0, -1.0  # finished steps, training time, best score of eval.py
@@ -567,10 +565,10 @@ class Run:
         self._resume()
         if self.total_batch < args.total_batch:
             say(f"the total batch is {self.total_batch} ({self.batch} images x {self.accum_iter} micro-batches x "
-                f"{WORLD} processes) instead of {args.total_batch}, because there are only {images} images")
+                f"{WORLD} processes) instead of {args.total_batch}, because there are only {n_images} images")
         if args.epochs <= args.warmup_epochs:
             say(f"--epochs {args.epochs} is within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
-        if args.compile and args.grad_checkpointing:  # torch 2.6 cannot split a graph with checkpoints at DDP's buckets
+        if args.compile and args.grad_checkpointing:  # DDP's graph splitting fails on checkpoints (torch 2.6)
             torch._dynamo.config.optimize_ddp = False
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
         self.forward = model if WORLD == 1 else DistributedDataParallel(
@@ -592,14 +590,17 @@ class Run:
 
     def _check_folder(self):
         """Create --output_dir, and make sure that all processes see the same one."""
-        token = from_all(str(uuid.uuid4()))[0]
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / token).touch()
-        from_all(None)  # wait for the file
-        shared = from_all((self.folder / token).exists())
+        if WORLD == 1:
+            return
+        token = self.folder / from_all(str(uuid.uuid4()))[0]
         if RANK == 0:
-            (self.folder / token).unlink()
+            token.touch()
+        dist.barrier()
+        shared = from_all(token.exists())
+        if RANK == 0:
+            token.unlink()
         if not all(shared):
             raise ValueError(f"--output_dir {self.folder}: not all processes see the same folder; choose one on a disk "
                              "that all machines share")
@@ -609,9 +610,12 @@ class Run:
         source = self.last if self.last.exists() or previous(self.last).exists() else self.args.resume
         if source:
             checkpoint = load_checkpoint(source)
+            if "optimizer" not in checkpoint:
+                raise ValueError(f"{source} holds only weights; resume from a last.pt, or use --init_weights")
             check_config(source, checkpoint["config"], self.config)
             self.model.load_state_dict(checkpoint["model"])
-            self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))  # a copy, not a view of the file
+            # A copy, because the optimiser would keep tensors that are mapped to the file.
+            self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
             if checkpoint["scaler"]:  # empty except for fp16
                 self.scaler.load_state_dict(checkpoint["scaler"])
             if self.ema:
@@ -622,14 +626,15 @@ class Run:
         log = self.folder / "log.jsonl"
         if RANK == 0 and log.exists():
             lines = log.read_text().splitlines(keepends=True)
-            log.write_text("".join(line for line in lines if step_of(line) <= self.step))
+            log.with_suffix(".tmp").write_text("".join(line for line in lines if step_of(line) <= self.step))
+            os.replace(log.with_suffix(".tmp"), log)
 
     def steps(self, views: Views):
-        """Yield (step, micro_batches) until the last step, --stop_after or a signal. Iterate once over micro_batches
-        in each step: it yields (images (n, 3, H, W) normalised, labels (n,)) on the device, accum_iter times."""
+        """Yield (step, micro_batches) until the last step, --stop_after or a signal. micro_batches
+        yields (images (n, 3, H, W) normalised, labels (n,)) on the device; exhaust it before update()."""
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         batches = iter(make_loader(views, self.args.workers, batch_sampler=Batches(
-            len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.last_step)))
+            len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.end)))
         self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=not TERMINAL)
         try:
             while self.step < self.end and not self.stopping:
@@ -641,11 +646,10 @@ class Run:
                 signal.signal(number, handler)
         if not self.finished:
             say(f"stopped after step {self.step} of {self.last_step}, saved in {self.last}. Run the same command"
-                + (" without --stop_after" if self.step == self.args.stop_after else "") + " to resume")
+                + (" without --stop_after" if self.step >= (self.args.stop_after or math.inf) else "") + " to resume")
 
     def _on_signal(self, number, _):
-        """Ask the loop to save and stop. A scheduler and torchrun may both send SIGTERM; a second Ctrl-C ends at once.
-        """
+        """Ask the loop to save and stop. More SIGTERMs are harmless; a second Ctrl-C ends at once, without saving."""
         self.signalled = True
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
@@ -666,7 +670,7 @@ class Run:
             group["lr"] = lr * group.get("scale", 1.0)
 
     def backward(self, loss: torch.Tensor, **measures: torch.Tensor):
-        """Add the gradients of one of accum_iter micro-batches. measures: further scalars to average and log."""
+        """Add a micro-batch's share of the step's gradient. measures: further scalars to average and log."""
         self.scaler.scale(loss / self.accum_iter).backward()
         for name, value in (dict(loss=loss) | measures).items():
             self.measures[name] = self.measures.get(name, 0.0) + value.detach() / self.accum_iter
@@ -677,21 +681,21 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         self.measures["grad_norm"] = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.args.clip_grad or math.inf)
-        # The device is read once per step. All processes must agree on when to save and when to stop.
-        due = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
-        wishes = [torch.full_like(self.measures["loss"], float(wish)) for wish in (due, self.signalled)]
-        values = torch.stack([*self.measures.values(), *wishes])
+        # One all-reduce and one read from the device per step. All processes must save and stop at the same step.
+        save = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
+        flags = [torch.full_like(self.measures["loss"], float(flag)) for flag in (save, self.signalled)]
+        values = torch.stack([*self.measures.values(), *flags])
         if WORLD > 1:
             dist.all_reduce(values)
             values /= WORLD
         *values, save, stop = values.tolist()
         measures, self.measures = dict(zip(self.measures, values)), {}
         # With fp16, an infinite gradient norm is normal: the scaler skips the step and lowers its scale.
-        checked = measures["loss"] if self.scaler.is_enabled() else measures["loss"] + measures["grad_norm"]
-        if not math.isfinite(checked):
+        if not math.isfinite(measures["loss"] + (0 if self.scaler.is_enabled() else measures["grad_norm"])):
             raise ValueError(f"the loss is {measures['loss']} (gradient norm {measures['grad_norm']}) at step "
-                             f"{self.step}; the last good checkpoint is kept in {self.folder}. Try a lower --blr, or "
-                             "--precision fp32")
+                             f"{self.step}. {self.folder} keeps the last checkpoint before it, if there is one. Start "
+                             "again with a lower --blr or --precision fp32 in another --output_dir; --init_weights "
+                             "takes over the weights")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -701,8 +705,8 @@ class Run:
         return measures
 
     def log_step(self, **measures: float):
-        """Count the step's time; every tenth step, write a line to log.jsonl and show the progress. Whatever follows
-        in the loop, as evaluation and saving, does not count as training time."""
+        """Count the step's time; every tenth step, write a line to log.jsonl and show the progress. What follows in
+        the loop, such as evaluation, does not count as training time."""
         self.recent.append(time.monotonic() - self.started)
         self.seconds += self.recent[-1]
         self.bar.update()
@@ -728,8 +732,8 @@ class Run:
                 say(f"{self.folder / 'log.jsonl'} misses a line ({e.strerror}); training continues")
 
     def save(self, name: str = "last.pt", **more):
-        """Write a checkpoint: last.pt has everything to resume from; any other file, only the model and `more`. A full
-        disk is reported, and is an error only at the end of the run. All processes call this at the same step."""
+        """Write a checkpoint: last.pt has everything to resume from; other files have the model and `more`. A failed
+        write is reported, and raises OSError only if no later save can follow. All processes call this together."""
         checkpoint = dict(model=self.model.state_dict(), config=self.config, epoch=self.epoch, step=self.step)
         if name == "last.pt":
             self.saved = time.monotonic()
@@ -756,8 +760,8 @@ def step_of(line: str) -> float:
 
 
 def eval_batches(images: Images, args, indices=None):
-    """Yield (normalised views (n, 3, size, size), labels (n,)) of this process's share of the images, or of those at
-    `indices`, in the evaluation view. The label is -1 for unreadable and unlabelled images."""
+    """Yield (normalised views (n, 3, size, size), labels (n,)) of this process's share of images[indices] (default:
+    all) in the evaluation view. The label is -1 for unreadable and unlabelled images."""
     indices = range(len(images)) if indices is None else indices.tolist()
     if len(indices) < WORLD:
         raise ValueError(f"--data {args.data}: {len(indices)} images are fewer than {WORLD} processes")
@@ -770,7 +774,7 @@ def eval_batches(images: Images, args, indices=None):
 
 
 def collect(values: list, labels: list, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the batches of all processes: `total` rows in the order of the images, less those without a label."""
+    """Join the batches of all processes: `total` rows in the order of the images. Rows with label -1 are dropped."""
     values, labels = gather(torch.cat(values), total), gather(torch.cat(labels), total)
     return values[labels >= 0], labels[labels >= 0]
 
@@ -789,7 +793,7 @@ def features(model, images: Images, args, pools, indices=None) -> tuple[torch.Te
 
 def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 256):
     """Classify by weighted k-NN: queries (n, D), bank (m, D), labels (m,) -> votes (n, classes). Each of the k most
-    similar by cosine votes exp(similarity / temperature). chunk: queries compared at once (ImageNet's bank: 1.3 GB)."""
+    similar by cosine votes exp(similarity / temperature). chunk: queries compared at once."""
     bank = F.normalize(bank, dim=1)
     votes = []
     for query in F.normalize(queries, dim=1).split(chunk):
@@ -810,8 +814,8 @@ def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, fl
     bank, labels = features(model, train_images, args, pools, evenly(train_images, args.knn_images))
     queries, truth = features(model, val, args, pools, evenly(val, args.knn_images))
     k, classes = min(20, len(bank)), len(train_images.classes)
-    return {f"knn_{pool}": 100 * (knn_votes(queries[:, i], bank[:, i], labels, classes, k).argmax(1) == truth)
-            .float().mean().item() for i, pool in enumerate(pools)}
+    right = [knn_votes(queries[:, i], bank[:, i], labels, classes, k).argmax(1) == truth for i in range(len(pools))]
+    return {f"knn_{pool}": round(100 * hits.float().mean().item(), 2) for pool, hits in zip(pools, right)}
 
 
 def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torch.Tensor]:
@@ -835,9 +839,9 @@ def anchor_map(encoder, images: torch.Tensor, anchor: str) -> torch.Tensor:
 def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, float]:
     """Measure on at most 2,000 images whether the order follows the content.
 
-    position_share: the share of the variance of the similarity map (each image's mean removed) that the position alone
-    explains; 1 means that all images have the same map. mirrored: the share of images whose first patch moves to its
-    mirror image when the image is flipped."""
+    position_share: after subtracting each map's mean, the share of the maps' variance that the average map explains; 1
+    means that all images have the same map. mirrored: the share of images whose most similar patch moves to the
+    mirrored place when the image is flipped."""
     indices = evenly(images, 2000)
     pairs = []
     for batch, _ in eval_batches(images, args, indices):
@@ -880,7 +884,7 @@ def heat(maps: torch.Tensor) -> torch.Tensor:
 
 def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
     """Save labelled rows of pictures. rows: label -> images (N, 3, h, w) in [0, 1], maps (N, L), or an order (N, L)
-    long, whose steps are written on the patches if there is room."""
+    long, whose steps are written on patches of at least 14 pixels."""
     label, pitch, font = max(150, cell * 2 // 3), cell + 6, ImageFont.load_default(max(15, cell // 14))
     canvas = Image.new("RGB", (label + pitch * len(next(iter(rows.values()))), 6 + pitch * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
@@ -921,10 +925,9 @@ def save_samples(run: "Run", model: SemAIM, teacher, images: torch.Tensor):
     batch = normalise(images)
     with autocast(run.args.precision):
         out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))  # not compiled for this batch size
-        similarity = anchor_map(teacher or model, batch, model.anchor)
+        similarity = anchor_map(teacher or model, batch, model.anchor) if out.similarity is None else out.similarity
     model.train()
-    rows = {"image": images / 255, "similarity\n(bright: high)": similarity,
-            "order\n(bright: early)": out.order}
+    rows = {"image": images / 255, "similarity\n(bright: high)": similarity, "order\n(bright: early)": out.order}
     try:
         draw(run.folder / "samples.png", rows | decoder_rows(model, batch, out))
     except OSError as e:
@@ -938,6 +941,8 @@ def load_initial_weights(model: SemAIM, path):
     """Start from the weights of a file, as far as their names match, and report the rest."""
     weights, own = load_weights(path), model.state_dict()
     say(weights.summary)
+    if "proj.weight" in weights:
+        raise ValueError(f"{path} is a CLIP tower, which is another kind of ViT; use it as a --teacher")
     for name in weights.keys() & own.keys():
         if weights[name].shape != own[name].shape:
             raise ValueError(f"{path}: {name} is {tuple(weights[name].shape)}, but the model's is "
@@ -951,7 +956,7 @@ def load_initial_weights(model: SemAIM, path):
 def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
     """Build the model that the command line asks for and its teacher, if it has one, on the device."""
     size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
-    names = ("img_size", "patch_size", "query_depth", "target", "order", "anchor", "loss", "head")
+    names = ("img_size", "patch_size", "query_depth", "target", "order", "anchor", "loss", "norm_pix", "blur", "head")
     teacher = None
     if args.target in ("dino", "clip"):
         teacher = load_teacher(args.target, args.teacher, args.teacher_heads, args.img_size // args.patch_size,
@@ -986,20 +991,22 @@ def train(args):
                 for i in evenly(val or data, 8).tolist()]
 
     torch.manual_seed(args.seed)
-    model, teacher = make_model(args)  # a teacher decides the order and, unless pixels are predicted, the target
+    model, teacher = make_model(args)  # a teacher decides both the order and the target
     optimizer = make_optimizer(model, args.weight_decay)
     run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
     if run.finished:
         return
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    labels = f"{len(data.classes)} classes" if data.classes else "no labels"
     say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
-        f"{args.data}: {len(data):,} images, {run.last_step:,} steps of {run.total_batch} on {WORLD} x {DEVICE.type} "
-        f"in {args.precision}, results in {run.folder}")
+        f"{args.data}: {len(data):,} images, {labels}, {len(val) if val else 'none'} for evaluation; {run.last_step:,} "
+        f"steps of {run.total_batch} on {WORLD} x {DEVICE.type} in {args.precision}, results in {run.folder}")
     if run.step == 0:
         evaluate(run, teacher, data, val)
 
-    for step, micro_batches in run.steps(Views(data, random_crop(args.img_size), args.seed)):
-        lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
+    for _, micro_batches in run.steps(Views(data, random_crop(args.img_size), args.seed)):
+        epoch = run.epoch
+        lr = learning_rate(epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
         run.set_learning_rate(lr)
 
         # Gradients of accum_iter micro-batches add up. DDP averages them over the processes in the last one.
@@ -1010,19 +1017,21 @@ def train(args):
             spread = dict(teacher_spread=feature_spread(inputs["teacher_tokens"])) if teacher else {}
             run.backward(out.loss, **spread)
 
-        # Clip, check that all is finite, update the weights. From here on `step` is done, and run.step is the next.
+        # Clip, check that all is finite, update the weights, count the step.
         measures = run.update()
         if args.target == "ema":
-            ema_update(teacher, model, ema_decay(step / run.steps_per_epoch))
-
+            ema_update(teacher, model, ema_decay(epoch))
         run.log_step(lr=lr, **measures)
-        if run.epoch_ended(args.eval_every) and not run.stopping and not run.finished:
-            evaluate(run, teacher, data, val)
+
+        # Save before evaluating, which may take longer than a scheduler waits after SIGTERM.
+        evaluation_due = run.epoch_ended(args.eval_every) and not run.stopping and not run.finished
         if run.epoch_ended(args.keep_every):
             run.save(f"epoch-{run.epoch:.0f}.pt")
-        if run.save_due:
+        if run.save_due or evaluation_due:
             run.save()
             save_samples(run, model, teacher, torch.stack(examples))
+        if evaluation_due:
+            evaluate(run, teacher, data, val)
 
     if run.finished:
         evaluate(run, teacher, data, val)
@@ -1063,14 +1072,16 @@ def add_shared_flags(parser: Parser, recipe: dict):
     add("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--data_root", default="data", metavar="DIR", help="where torchvision's data sets are, or are downloaded to")
     add("--img_size", type=positive, default=recipe["img_size"], help="pixels")
-    add("--workers", type=int, help="loader processes (default: one per usable core, at most 16 per process)")
+    add("--workers", type=int, help="loader processes (default: one per usable core, at most 16 per process; 0 for "
+        "images in memory on a CPU)")
     add = parser.add_argument_group("machine").add_argument
     add("--output_dir", help="default: a folder named after the run")
     add("--precision", choices=("bf16", "fp16", "fp32"),
-        help="default: bf16 (fp16 on GPUs without it), but fp32 for vit_nano on a CPU")
+        help="default: bf16 (fp16 on GPUs without it), but fp32 on MPS and for vit_nano on a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--batch_size", type=positive, default=None,
-        help=f"the most images that a process holds at a time (default: {recipe['batch_size']})")
+        help="largest micro-batch of a process; if it exceeds the process's share of the total batch, the total grows "
+             f"(default: {recipe['batch_size']})")
     add("--seed", type=int, default=0, help="of weights, data order, views and patch orders")
 
 
@@ -1087,10 +1098,11 @@ def add_training_flags(parser: Parser, recipe: dict):
         add(f"--{name}", type=float, default=recipe[name], help=what)
     add = parser.add_argument_group("run").add_argument
     add("--grad_checkpointing", action="store_true", help="compute blocks twice to use less memory")
-    add("--resume", help="checkpoint to continue from if --output_dir has none yet")
+    add("--resume", help="a last.pt to continue from if --output_dir has none yet")
     add("--stop_after", type=positive, metavar="STEP", help="save and stop after this step")
     add("--save_every_minutes", type=float, default=10.0, metavar="MINUTES", help="between two checkpoints")
-    add("--eval_every", type=int, default=recipe["eval_every"], metavar="EPOCHS", help="0: only at the end")
+    add("--eval_every", type=int, default=recipe["eval_every"], metavar="EPOCHS",
+        help="evaluate this often and at the end; 0: only at the end")
 
 
 def settle(args, recipe: dict, processes: int = WORLD):
@@ -1114,7 +1126,7 @@ def settle(args, recipe: dict, processes: int = WORLD):
 
 
 def parse_args(argv=None):
-    """Read the command line. --arch decides the recipe, which gives the defaults; nothing changes the result later."""
+    """Read the command line. --arch decides the recipe, which gives the defaults."""
     first = Parser(add_help=False)
     first.add_argument("--arch", default="vit_nano")
     arch = first.parse_known_args(argv)[0].arch
@@ -1128,6 +1140,8 @@ def parse_args(argv=None):
     add("--order", default="semantic", choices=ORDERS, help="the order of the patches")
     add("--anchor", default="cls", choices=ANCHORS, help="what the patches are compared with")
     add("--loss", default="l2", choices=("l2", "l1"), help="for pixels")
+    add("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="normalise each target patch")
+    add("--blur", action=argparse.BooleanOptionalAction, default=True, help="blur the target image")
     add("--head", default="mlp", choices=("mlp", "linear"), help="the prediction head")
     add("--teacher", metavar="FILE", help="weights of the teacher for --target dino or clip")
     add("--teacher_heads", type=positive, metavar="N", help="attention heads of the teacher (default: 64 wide each)")
@@ -1152,8 +1166,8 @@ def user_errors():
     """Print errors that a user can cause as one line, and leave the process group at the end."""
     try:
         yield
-    except (ValueError, OSError) as e:  # an error in a loader worker ends with its message, after a traceback
-        message = re.sub(r"^\w+Error: ", "", str(e).strip().splitlines()[-1])
+    except (ValueError, OSError) as e:  # a loader worker's error is a traceback whose last line is the message
+        message = re.sub(r"^\w+Error: ", "", (str(e) or repr(e)).strip().splitlines()[-1])
         named = isinstance(e, OSError) and e.filename  # an error of the operating system
         raise SystemExit(f"error: {e.filename}: {e.strerror}" if named else f"error: {message}") from None
     except RuntimeError as e:
@@ -1163,7 +1177,7 @@ def user_errors():
                          "--grad_checkpointing") from None
     except KeyboardInterrupt:
         raise SystemExit("error: interrupted; run the same command to resume from the last checkpoint, if there is one")
-    if dist.is_initialized():  # not after an error: the other processes may be waiting for something else
+    if dist.is_initialized():  # not after an error: the other processes may wait in another collective
         dist.barrier()
         dist.destroy_process_group()
 
