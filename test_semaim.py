@@ -45,7 +45,8 @@ from semaim import (ORDERS, SemAIM, ViT, autoregressive_masks, feature_loss, pat
 
 GRIDS = (4, 7, 14, 24)
 EVAL_VIEW = functools.partial(train.eval_view, size=32)
-torch.set_num_threads(1)  # everything here is small
+THREADS = torch.get_num_threads()  # for the benchmark
+torch.set_num_threads(1)  # the tests are small
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # train.py knows
 
 # ---------------------------------------------------------------- the authors' numbers ----
@@ -2712,6 +2713,7 @@ def benchmark(argv, rounds=3, images_per_round=768):
 
     argv: flags of train.py, and --benchmark_data DIR, whose first 1,000 images the loader reads (default: 64 generated
     JPEGs of 500 x 375). Under torchrun, the steps are those of DDP."""
+    torch.set_num_threads(THREADS)
     parser = train.Parser(add_help=False)
     parser.add_argument("--benchmark_data", type=Path)
     mine, flags = parser.parse_known_args(argv)
