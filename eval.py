@@ -348,9 +348,9 @@ def show(args, weights):
     anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
     rows = {"image": pictures / 255}
     for name in dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS):
-        rows[f"similarity\n({name})" if name != "attention" else "attention"] = train.anchor_map(vit, batch, name)
+        rows[f"similarity\n({name})" if name != "attention" else "attention"] = vit.similarity(batch, name)
     kind = weights.config.get("order", "semantic") if weights else "semantic"
-    order = patch_order(kind, train.anchor_map(vit, batch, anchor))
+    order = patch_order(kind, vit.similarity(batch, anchor))
     rows[f"order\n({kind},\nby {anchor})"] = order
     if decoder:
         rows |= train.decoder_rows(decoder.to(DEVICE), batch, decoder(batch, order))

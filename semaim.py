@@ -222,6 +222,10 @@ class ViT(nn.Module):
             weights = q[:, :, :1].float() @ k.float().mT / math.sqrt(q.shape[-1])  # only CLS as a query
             return weights.softmax(-1)[:, :, 0, 1 + self.registers:].mean(1)
 
+    def similarity(self, images: Tensor, anchor: str = "cls") -> Tensor:
+        """Compute the similarity of each patch with the whole image, by any of ANCHORS: (N, 3, H, W) -> (N, L)."""
+        return self.attention_map(images) if anchor == "attention" else similarity_map(self.tokens(images), anchor)
+
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tokens(images)
         features = self.fc_norm(pool_tokens(tokens, self.pool))
@@ -449,14 +453,12 @@ class SemAIM(ViT):
         self.prediction_head.apply(self._init)
 
     @torch.no_grad()
-    def similarity(self, images: Tensor) -> Tensor:
-        """Compute the similarity of each patch with the whole image by an unmasked pass: (N, 3, H, W) -> (N, L)."""
+    def similarity(self, images: Tensor, anchor: Optional[str] = None) -> Tensor:
+        """Compute the similarity map (N, L) by an unmasked pass. anchor: by default the model's own."""
         device = images.device.type
         # No cache: the forward pass would reuse the weights that autocast casts here without gradient (torch <= 2.6).
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
-            if self.anchor == "attention":
-                return self.attention_map(images)
-            return similarity_map(self.tokens(images), self.anchor)
+            return super().similarity(images, anchor or self.anchor)
 
     def predict(self, images: Tensor, order: Tensor) -> Tensor:
         """Predict every patch: images (N, 3, H, W), order (N, L) -> (N, L, target_dim) in raster order.
@@ -496,7 +498,7 @@ class SemAIM(ViT):
         elif similarity is None:
             if self.anchor == "attention":
                 raise ValueError("anchor 'attention' cannot be computed from teacher_tokens: pass similarity=(N, L), "
-                                 "for example teacher.attention_map(images)")
+                                 "for example teacher.similarity(images, 'attention')")
             similarity = similarity_map(teacher_tokens, self.anchor)
         return patch_order(self.order, similarity), similarity
 
@@ -587,9 +589,9 @@ class Teacher(nn.Module):
         return self.vit.tokens(self._resize(images))
 
     @torch.no_grad()
-    def attention_map(self, images: Tensor) -> Tensor:
-        """Compute the similarity of anchor "attention": images (N, 3, H, W) -> (N, L). See ViT.attention_map."""
-        return self.vit.attention_map(self._resize(images))
+    def similarity(self, images: Tensor, anchor: str = "cls") -> Tensor:
+        """Compute the similarity map (N, L) of images (N, 3, H, W), by any of ANCHORS."""
+        return self.vit.similarity(self._resize(images), anchor)
 
 
 def ema_teacher(model: ViT) -> Teacher:

@@ -23,6 +23,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -699,7 +700,7 @@ def test_registers_take_part_and_are_left_out():
     q, k, _ = rearrange(vit.blocks[1].attn.qkv(vit.blocks[1].norm1(x)), "n t (s h d) -> s n h t d", s=3, h=2)
     attention = (q @ k.mT / 8**0.5).softmax(-1)[:, :, 0, 4:].mean(1)
     torch.testing.assert_close(vit.attention_map(images), attention)
-    torch.testing.assert_close(semaim.Teacher(vit).attention_map(images), attention)
+    torch.testing.assert_close(semaim.Teacher(vit).similarity(images, "attention"), attention)
     tokens = vit.norm(vit.blocks[1](x))
     torch.testing.assert_close(vit.tokens(images), torch.cat([tokens[:, :1], tokens[:, 4:]], dim=1))
 
@@ -1889,7 +1890,7 @@ def test_pretraining_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch, targe
         with train.autocast(args.precision):
             inputs = train.teacher_inputs(teacher, images, anchor)
             out = model(images, **inputs)
-            maps = [train.anchor_map(encoder, images.flip(-1), anchor) for encoder in (model, teacher) if encoder]
+            maps = [encoder.similarity(images.flip(-1), anchor) for encoder in (model, teacher) if encoder]
         spread = train.feature_spread(inputs["teacher_tokens"]) if teacher else out.loss
         given = model(images, out.order, masked=True, **inputs)
         if target == "ema":
@@ -2536,12 +2537,7 @@ def test_order_statistics(tmp_path):
     args = train.parse_args(["--batch_size", "5", "--workers", "0"])
 
     def encoder(function):
-        """A teacher whose patch tokens are at angle function(...) to CLS."""
-        def tokens(images):
-            angle = function(images)
-            patches = torch.stack([angle.cos(), angle.sin()], dim=-1)
-            return torch.cat([torch.tensor([1.0, 0.0]).expand(len(images), 1, 2), patches], dim=1)
-        return tokens
+        return SimpleNamespace(similarity=lambda images, anchor: function(images))
 
     ramp = torch.linspace(0, 1, 16)
     place = train.order_statistics(encoder(lambda images: ramp.expand(len(images), -1)), data, "cls", args)

@@ -47,8 +47,8 @@ try:  # faster than Pillow, but deprecated by torchvision; Pillow decodes everyt
 except ImportError:
     decode_jpeg = None
 
-from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, ViT, ema_teacher, ema_update, load_teacher, load_weights,
-                    pixel_target, pool_tokens, similarity_map, unpatchify)
+from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, ema_teacher, ema_update, load_teacher, load_weights,
+                    pixel_target, pool_tokens, unpatchify)
 
 # The release's recipe. batch_size: largest micro-batch of a process; total_batch: images per step over all processes.
 PAPER = dict(img_size=224, batch_size=256, total_batch=2048, epochs=800, warmup_epochs=30.0, blr=2e-4, min_lr=0.0,
@@ -824,15 +824,8 @@ def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torc
         return {}
     inputs = dict(teacher_tokens=teacher(images))
     if anchor == "attention":
-        inputs["similarity"] = teacher.attention_map(images)
+        inputs["similarity"] = teacher.similarity(images, anchor)
     return inputs
-
-
-def anchor_map(encoder, images: torch.Tensor, anchor: str) -> torch.Tensor:
-    """Compute the similarity map (N, L) of a ViT, or of a teacher."""
-    if anchor == "attention":
-        return encoder.attention_map(images)
-    return similarity_map(encoder.tokens(images) if isinstance(encoder, ViT) else encoder(images), anchor)
 
 
 @torch.no_grad()
@@ -846,7 +839,7 @@ def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, fl
     pairs = []
     for batch, _ in eval_batches(images, args, indices):
         with autocast(args.precision):
-            pairs.append(torch.stack([anchor_map(encoder, x, anchor) for x in (batch, batch.flip(-1))], dim=1))
+            pairs.append(torch.stack([encoder.similarity(x, anchor) for x in (batch, batch.flip(-1))], dim=1))
     maps, flipped = gather(torch.cat(pairs), len(indices)).float().unbind(1)
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
@@ -925,7 +918,7 @@ def save_samples(run: "Run", model: SemAIM, teacher, images: torch.Tensor):
     batch = normalise(images)
     with autocast(run.args.precision):
         out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))  # not compiled for this batch size
-        similarity = anchor_map(teacher or model, batch, model.anchor) if out.similarity is None else out.similarity
+        similarity = (teacher or model).similarity(batch, model.anchor)
     model.train()
     rows = {"image": images / 255, "similarity\n(bright: high)": similarity, "order\n(bright: early)": out.order}
     try:
