@@ -26,7 +26,6 @@ import re
 import signal
 import sys
 import time
-import uuid
 import zipfile
 from pathlib import Path
 
@@ -38,7 +37,7 @@ import torchvision
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
@@ -210,7 +209,7 @@ class Images:
 
     def __init__(self, items, labels=None, classes=None):
         # One array of bytes, which forked loader workers share. A list of str would be copied to each as it is used.
-        self.items = items if torch.is_tensor(items) else np.array([os.fsencode(path) for path in items])
+        self.items = np.array([os.fsencode(path) for path in items]) if isinstance(items, list) else items
         self.labels, self.classes = labels, classes
         self.unreadable = set()  # indices of the files that could not be read so far
 
@@ -227,8 +226,7 @@ class Images:
 
     def subset(self, indices: torch.Tensor) -> "Images":
         """Select the images at indices (n,)."""
-        items = self.items[indices] if torch.is_tensor(self.items) else [self.path(i) for i in indices.tolist()]
-        return Images(items, None if self.labels is None else self.labels[indices], self.classes)
+        return Images(self.items[indices], None if self.labels is None else self.labels[indices], self.classes)
 
     def note_unreadable(self, indices: torch.Tensor):
         """Name the unreadable files of a batch, each once. indices (n,): -1 stands for a readable file."""
@@ -266,8 +264,7 @@ def load_data(data: str, split: str, data_root: str = "data", classes=None):
 
 def load_torchvision(data: str, split: str, data_root: str) -> Images:
     """Read a data set of torchvision from data_root, or download it there once per machine."""
-    kind = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100,
-                fashion_mnist=torchvision.datasets.FashionMNIST)[data]
+    kind = getattr(torchvision.datasets, dict(cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")[data])
     try:
         with contextlib.redirect_stdout(sys.stderr):
             if LOCAL_RANK == 0:
@@ -301,18 +298,16 @@ def load_folder(folder: Path, classes=None) -> Images:
     if not found:
         return Images(paths)
     stray = [path for path, name in zip(paths, names) if name not in folders]
-    if stray:
-        say(f"ignored, not in a class folder: {stray[0]}" + f" and {len(stray) - 1} more" * (len(stray) > 1))
-        paths, names = zip(*((path, name) for path, name in zip(paths, names) if name in folders))
-    empty = sorted(folders - set(found))
-    if empty:
-        say(f"ignored, a class folder without images: {folder / empty[0]}"
-            + f" and {len(empty) - 1} more" * (len(empty) > 1))
+    ignored = stray + [str(folder / name) for name in sorted(folders - set(found))]
+    if ignored:
+        say(f"ignored, not in a class folder, or a class folder without images: {ignored[0]}"
+            + f" and {len(ignored) - 1} more" * (len(ignored) > 1))
+    inside = [(path, name) for path, name in zip(paths, names) if name in folders]
     classes = classes or found
     if not set(found) <= set(classes):
         raise ValueError(f"{folder} has a class that the training set does not have: {min(set(found) - set(classes))}")
     number = {name: i for i, name in enumerate(classes)}
-    return Images(paths, torch.tensor([number[name] for name in names]), classes)
+    return Images([path for path, _ in inside], torch.tensor([number[name] for _, name in inside]), classes)
 
 
 # ---------------------------------------------------------------- data: views and batches ----
@@ -372,25 +367,19 @@ class Views(Dataset):
         return self.transform(image), label, unreadable
 
 
-class Batches(Sampler):
-    """The keys of this process's micro-batches, from step `start` to step `stop`, across epochs.
+def batch_keys(n: int, batch: int, accum_iter: int, seed: int, start: int, stop: int):
+    """Yield the keys of this process's micro-batches of n images, from step `start` to step `stop`, across epochs.
 
     The images of a step depend only on the total batch, batch * accum_iter * WORLD: process r takes every WORLD-th of
     them, in accum_iter micro-batches."""
-
-    def __init__(self, n: int, batch: int, accum_iter: int, seed: int, start: int, stop: int):
-        self.n, self.batch, self.accum_iter, self.seed = n, batch, accum_iter, seed
-        self.start, self.stop = start, stop
-
-    def __iter__(self):
-        total, shuffled = self.batch * self.accum_iter * WORLD, None
-        for step in range(self.start, self.stop):
-            epoch, place = divmod(step, self.n // total)
-            if place == 0 or shuffled is None:
-                shuffled = torch.randperm(self.n, generator=torch.Generator().manual_seed(hash((self.seed, epoch))))
-            mine = shuffled[place * total:(place + 1) * total][RANK::WORLD].tolist()
-            for i in range(0, len(mine), self.batch):
-                yield [(epoch, index) for index in mine[i:i + self.batch]]
+    total, shuffled = batch * accum_iter * WORLD, None
+    for step in range(start, stop):
+        epoch, place = divmod(step, n // total)
+        if place == 0 or shuffled is None:
+            shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch))))
+        mine = shuffled[place * total:(place + 1) * total][RANK::WORLD]
+        for indices in mine.split(batch):
+            yield [(epoch, index) for index in indices.tolist()]
 
 
 def make_loader(views: Views, workers: int, **sampling) -> DataLoader:
@@ -594,7 +583,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         if WORLD == 1:
             return
-        token = self.folder / from_all(str(uuid.uuid4()))[0]
+        token = self.folder / from_all(f"{time.time_ns()}.tmp")[0]
         if RANK == 0:
             token.touch()
         dist.barrier()
@@ -625,15 +614,15 @@ class Run:
                 f"{source}: all {self.step} steps are done, nothing to train")
         log = self.folder / "log.jsonl"
         if RANK == 0 and log.exists():
-            lines = log.read_text().splitlines(keepends=True)
-            log.with_suffix(".tmp").write_text("".join(line for line in lines if step_of(line) <= self.step))
+            lines = re.findall(r'({"step": (\d+), .*}\n)', log.read_text())  # not an incomplete last line
+            log.with_suffix(".tmp").write_text("".join(line for line, step in lines if int(step) <= self.step))
             os.replace(log.with_suffix(".tmp"), log)
 
     def steps(self, views: Views):
         """Yield (step, micro_batches) until the last step, --stop_after or a signal. micro_batches
         yields (images (n, 3, H, W) normalised, labels (n,)) on the device; exhaust it before update()."""
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        batches = iter(make_loader(views, self.args.workers, batch_sampler=Batches(
+        batches = iter(make_loader(views, self.args.workers, batch_sampler=batch_keys(
             len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.end)))
         self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=not TERMINAL)
         try:
@@ -746,14 +735,6 @@ class Run:
                 if name == "last.pt" and (self.stopping or self.step == self.end):
                     raise
                 say(f"{e}; training continues")
-
-
-def step_of(line: str) -> float:
-    """Read the step of a line of log.jsonl; infinite if the line is incomplete."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
 
 
 # ---------------------------------------------------------------- evaluation ----
@@ -1072,14 +1053,14 @@ def add_shared_flags(parser: Parser, recipe: dict):
     add("--precision", choices=("bf16", "fp16", "fp32"),
         help="default: bf16 (fp16 on GPUs without it), but fp32 on MPS and for vit_nano on a CPU")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--batch_size", type=positive, default=None,
+    add("--batch_size", type=positive,
         help="largest micro-batch of a process; if it exceeds the process's share of the total batch, the total grows "
              f"(default: {recipe['batch_size']})")
     add("--seed", type=int, default=0, help="of weights, data order, views and patch orders")
 
 
 def add_training_flags(parser: Parser, recipe: dict):
-    """Add the flags of everything that trains with Run."""
+    """Add the flags of everything that trains with Run. Returns the function that adds to the last group."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive, default=recipe["epochs"], help="passes over the training images")
     add("--accum_iter", type=positive,
@@ -1089,13 +1070,14 @@ def add_training_flags(parser: Parser, recipe: dict):
                        ("weight_decay", "for weight matrices; biases and norms have none"),
                        ("clip_grad", "largest gradient norm; 0: no clipping")):
         add(f"--{name}", type=float, default=recipe[name], help=what)
-    add = parser.add_argument_group("run").add_argument
     add("--grad_checkpointing", action="store_true", help="compute blocks twice to use less memory")
+    add = parser.add_argument_group("checkpoints and evaluation").add_argument
     add("--resume", help="a last.pt to continue from if --output_dir has none yet")
     add("--stop_after", type=positive, metavar="STEP", help="save and stop after this step")
     add("--save_every_minutes", type=float, default=10.0, metavar="MINUTES", help="between two checkpoints")
     add("--eval_every", type=int, default=recipe["eval_every"], metavar="EPOCHS",
         help="evaluate this often and at the end; 0: only at the end")
+    return add
 
 
 def settle(args, recipe: dict, processes: int = WORLD):
@@ -1141,8 +1123,7 @@ def parse_args(argv=None):
     add("--teacher_activation", default="quick_gelu", choices=("quick_gelu", "gelu"), help="of a CLIP teacher")
     add("--init_weights", metavar="FILE", help="weights to start from (default: random)")
     add_shared_flags(parser, recipe)
-    add_training_flags(parser, recipe)
-    add = parser.add_argument_group("evaluation while training").add_argument
+    add = add_training_flags(parser, recipe)
     add("--keep_every", type=int, default=recipe["keep_every"], metavar="EPOCHS", help="keep these weights; 0: none")
     add("--knn_images", type=int, default=60_000, help="at most this many of train and of val; 0: no evaluation")
     args = parser.parse_args(argv)
