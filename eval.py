@@ -287,15 +287,14 @@ def train_classifier(args, weights, data: Images, val: Images):
 
     result = None
     model.train()
-    for _, micro_batches in run.steps(Views(data, view, args.seed)):
+    for micro_batches in run.steps(Views(data, view, args.seed)):
         lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
-        run.set_learning_rate(lr)
         for images, labels in micro_batches:
             images, labels = mix(images, labels)
             with autocast(args.precision):
                 loss = F.cross_entropy(run.forward(images), labels, label_smoothing=args.smoothing)
             run.backward(loss)
-        run.log_step(lr=lr, **run.update())
+        run.log_step(run.update(lr))
         if (run.epoch_ended(args.eval_every) and not run.stopping) or run.finished:
             result = classify(model, val, args)
             scores = score(*result)

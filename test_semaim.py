@@ -1184,11 +1184,11 @@ def interrupt_at(step, monkeypatch):
     """Send SIGTERM in the middle of that step."""
     update, updates = train.Run.update, []
 
-    def interrupted(self):
+    def interrupted(self, lr):
         updates.append(1)
         if len(updates) == step:
             os.kill(os.getpid(), train.signal.SIGTERM)
-        return update(self)
+        return update(self, lr)
 
     monkeypatch.setattr(train.Run, "update", interrupted)
 
@@ -1283,7 +1283,7 @@ def test_optimizer_groups_and_clipping(tmp_path, monkeypatch):
     clipping = train.Run(train.parse_args(flags), model, optimizer, n_images=2)
     clipping.backward(model(torch.randn(2, 3, 8, 8)).loss)
     monkeypatch.setattr(optimizer, "zero_grad", lambda: None)
-    before = clipping.update()["grad_norm"]
+    before = clipping.update(lr=0.0)["grad_norm"]
     after = math.hypot(*(p.grad.norm().item() for p in model.parameters() if p.grad is not None))
     assert before > 0.01 and after == pytest.approx(0.01, rel=1e-3)
 
@@ -1735,11 +1735,11 @@ import train
 
 update, calls = train.Run.update, []
 
-def breaks(self):
+def breaks(self, lr):
     calls.append(1)
     if len(calls) == 4 and train.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         raise RuntimeError("process 1 has failed")
-    return update(self)
+    return update(self, lr)
 
 train.Run.update = breaks
 train.main()
@@ -1925,23 +1925,23 @@ def test_evaluation_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch):
 
 def steps_of(waits, monkeypatch, function, *args):
     """Train on the fake GPU with given batches -> for each step, what was copied to the device and read from it."""
-    steps, set_learning_rate, log_step = [], train.Run.set_learning_rate, train.Run.log_step
+    steps, micro_batches, log_step = [], train.Run._micro_batches, train.Run.log_step
     batch = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), torch.full((4,), -1)
     data = train.Images(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.zeros(12).long(), ["cat", "dog"])
 
-    def begin(self, lr):
+    def begin(self, *args):
         if not steps:
             waits.clear()  # making the model
         for p in self.model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
-        set_learning_rate(self, lr)
+        return micro_batches(self, *args)
 
-    def end(self, **measures):
+    def end(self, measures):
         steps.append((waits.copies, waits.reads))
-        log_step(self, **measures)
+        log_step(self, measures)
         waits.clear()
 
-    monkeypatch.setattr(train.Run, "set_learning_rate", begin)
+    monkeypatch.setattr(train.Run, "_micro_batches", begin)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(train.Run, "log_step", end)
     assert train.make_loader([0], 0).pin_memory  # else a copy would wait in any case
@@ -2410,11 +2410,11 @@ def test_sigterm_twice_saves_and_a_second_ctrl_c_ends(tmp_path, monkeypatch):
     update = train.Run.update
 
     def signals(number):
-        def signalled(self):
+        def signalled(self, lr):
             if self.step == 3:
                 os.kill(os.getpid(), number)
                 os.kill(os.getpid(), number)
-            return update(self)
+            return update(self, lr)
         return signalled
 
     monkeypatch.setattr(train.Run, "update", signals(signal.SIGTERM))
@@ -2430,13 +2430,13 @@ def test_loader_workers_ignore_signals_and_end_with_the_program(tmp_path):
     (tmp_path / "fails.py").write_text("""
 import multiprocessing, os, signal, train
 update = train.Run.update
-def fails(self):
+def fails(self, lr):
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
     if self.step == 4:
         raise RuntimeError("something else")
-    return update(self)
+    return update(self, lr)
 train.Run.update = fails
 train.main()
 """)
@@ -2730,7 +2730,7 @@ def benchmark(argv, rounds=3, images_per_round=768):
         def step():  # as in train.train
             for images, _ in run._micro_batches(batches, data):
                 run.backward(loss(images, run.forward))
-            run.update()
+            run.update(lr=1e-4)
 
         for _ in range(1 if train.DEVICE.type == "cpu" else 3):
             step()  # compiles, chooses kernels, creates the state of the optimiser

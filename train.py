@@ -619,8 +619,8 @@ class Run:
             os.replace(log.with_suffix(".tmp"), log)
 
     def steps(self, views: Views):
-        """Yield (step, micro_batches) until the last step, --stop_after or a signal. micro_batches
-        yields (images (n, 3, H, W) normalised, labels (n,)) on the device; exhaust it before update()."""
+        """Yield the micro-batches of each step, until the last step, --stop_after or a signal. micro_batches yields
+        (images (n, 3, H, W) normalised, labels (n,)) on the device; exhaust it before update()."""
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         batches = iter(make_loader(views, self.args.workers, batch_sampler=batch_keys(
             len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.end)))
@@ -628,7 +628,7 @@ class Run:
         try:
             while self.step < self.end and not self.stopping:
                 self.started = time.monotonic()
-                yield self.step, self._micro_batches(batches, views.images)
+                yield self._micro_batches(batches, views.images)
         finally:
             self.bar.close()
             for number, handler in handlers.items():
@@ -653,20 +653,16 @@ class Run:
                 self.forward.require_backward_grad_sync = micro == self.accum_iter - 1  # gradients are summed once
             yield normalise(views), labels.to(DEVICE, non_blocking=DEVICE.type == "cuda")
 
-    def set_learning_rate(self, lr: float):
-        """Set the learning rate; a parameter group may scale it (layer decay)."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
-
     def backward(self, loss: torch.Tensor, **measures: torch.Tensor):
         """Add a micro-batch's share of the step's gradient. measures: further scalars to average and log."""
         self.scaler.scale(loss / self.accum_iter).backward()
         for name, value in (dict(loss=loss) | measures).items():
             self.measures[name] = self.measures.get(name, 0.0) + value.detach() / self.accum_iter
 
-    def update(self) -> dict[str, float]:
+    def update(self, lr: float) -> dict[str, float]:
         """Clip the gradients, update the weights and count the step. Returns the step's measures, averaged over
-        micro-batches and processes: loss, grad_norm (before clipping), ... Raises ValueError if they are not finite."""
+        micro-batches and processes: loss, grad_norm (before clipping), ... Raises ValueError if they are not finite.
+        lr: the learning rate, which a parameter group may scale (layer decay)."""
         self.scaler.unscale_(self.optimizer)
         self.measures["grad_norm"] = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.args.clip_grad or math.inf)
@@ -685,15 +681,17 @@ class Run:
                              f"{self.step}. {self.folder} keeps the last checkpoint before it, if there is one. Start "
                              "again with a lower --blr or --precision fp32 in another --output_dir; --init_weights "
                              "takes over the weights")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
         self.stopping = stop > 0
         self.save_due = save > 0 or self.stopping or self.step == self.end
-        return measures
+        return dict(lr=lr) | measures
 
-    def log_step(self, **measures: float):
+    def log_step(self, measures: dict[str, float]):
         """Count the step's time; every tenth step, write a line to log.jsonl and show the progress. What follows in
         the loop, such as evaluation, does not count as training time."""
         self.recent.append(time.monotonic() - self.started)
@@ -830,7 +828,7 @@ def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, fl
     return dict(position_share=round(share.item(), 4), mirrored=round(mirrored.float().mean().item(), 4))
 
 
-def evaluate(run: "Run", teacher, train_images: Images, val: Images | None):
+def evaluate(run: Run, teacher, train_images: Images, val: Images | None):
     """Report and log k-NN accuracy, where there are labels, and whether the order follows the content."""
     if not run.args.knn_images:
         return
@@ -891,11 +889,13 @@ def decoder_rows(model: SemAIM, images: torch.Tensor, out) -> dict[str, torch.Te
 
 
 @torch.no_grad()
-def save_samples(run: "Run", model: SemAIM, teacher, images: torch.Tensor):
-    """Draw samples.png: images (N, 3, H, W) uint8, the similarity map, the order, the target and the prediction."""
+def save_samples(run: Run, model: SemAIM, teacher, data: Images):
+    """Draw samples.png: eight images, their similarity map, order, target and prediction."""
     if RANK:
         return
     model.eval()
+    views = Views(data, functools.partial(eval_view, size=model.img_size))
+    images = torch.stack([views[0, i][0] for i in evenly(data, 8).tolist()])
     batch = normalise(images)
     with autocast(run.args.precision):
         out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))  # not compiled for this batch size
@@ -961,8 +961,6 @@ def train(args):
     join_processes()
     data = load_data(args.data, "train", args.data_root)
     val = load_data(args.data, "val", args.data_root, data.classes)
-    examples = [Views(val or data, functools.partial(eval_view, size=args.img_size))[0, i][0]
-                for i in evenly(val or data, 8).tolist()]
 
     torch.manual_seed(args.seed)
     model, teacher = make_model(args)  # a teacher decides both the order and the target
@@ -978,10 +976,9 @@ def train(args):
     if run.step == 0:
         evaluate(run, teacher, data, val)
 
-    for _, micro_batches in run.steps(Views(data, random_crop(args.img_size), args.seed)):
+    for micro_batches in run.steps(Views(data, random_crop(args.img_size), args.seed)):
         epoch = run.epoch
         lr = learning_rate(epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
-        run.set_learning_rate(lr)
 
         # Gradients of accum_iter micro-batches add up. DDP averages them over the processes in the last one.
         for images, _ in micro_batches:
@@ -992,10 +989,10 @@ def train(args):
             run.backward(out.loss, **spread)
 
         # Clip, check that all is finite, update the weights, count the step.
-        measures = run.update()
+        measures = run.update(lr)
         if args.target == "ema":
             ema_update(teacher, model, ema_decay(epoch))
-        run.log_step(lr=lr, **measures)
+        run.log_step(measures)
 
         # Save before evaluating, which may take longer than a scheduler waits after SIGTERM.
         evaluation_due = run.epoch_ended(args.eval_every) and not run.stopping and not run.finished
@@ -1003,7 +1000,7 @@ def train(args):
             run.save(f"epoch-{run.epoch:.0f}.pt")
         if run.save_due or evaluation_due:
             run.save()
-            save_samples(run, model, teacher, torch.stack(examples))
+            save_samples(run, model, teacher, val or data)
         if evaluation_due:
             evaluate(run, teacher, data, val)
 
@@ -1124,7 +1121,8 @@ def parse_args(argv=None):
     add("--init_weights", metavar="FILE", help="weights to start from (default: random)")
     add_shared_flags(parser, recipe)
     add = add_training_flags(parser, recipe)
-    add("--keep_every", type=int, default=recipe["keep_every"], metavar="EPOCHS", help="keep these weights; 0: none")
+    add("--keep_every", type=int, default=recipe["keep_every"], metavar="EPOCHS",
+        help="keep the weights this often, as epoch-N.pt; 0: never")
     add("--knn_images", type=int, default=60_000, help="at most this many of train and of val; 0: no evaluation")
     args = parser.parse_args(argv)
     if (args.target in ("dino", "clip")) != (args.teacher is not None):
