@@ -612,6 +612,11 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
 
 # ---------------------------------------------------------------- reading files of weights ----
 
+
+class _Refused(ValueError):
+    """The reason why a file is refused, as the end of a sentence that begins with its path."""
+
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 
@@ -637,39 +642,23 @@ def _read_safetensors(path) -> dict[str, Tensor]:
     return weights
 
 
-TORCHSCRIPT = ("is a TorchScript archive, and reading one can run code. If you trust it, convert it: python -c "
-               "\"import torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
-
-
 def _read_file(path):
-    """Read a file of weights of any format; nothing in it is run. Raises ValueError, one line."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-        if start[8:] == b"{":
-            return _read_safetensors(path)
-        zipped = start[:2] == b"PK"
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-                raise ValueError(TORCHSCRIPT)
-            if sum(entry.file_size for entry in entries) > os.path.getsize(path):
-                raise ValueError("the archive is compressed, which torch.save does not do")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
-            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except OSError as e:
-        raise ValueError(f"{path} cannot be read: {e.strerror or e}") from None
-    except Exception as e:
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(e))
-        reason = str(e) if str(e) == TORCHSCRIPT else "is corrupt, or not a file of weights"
-        if unsafe:
-            reason = f"is refused: it asks to load {unsafe[1]}, which could run code"
-        elif type(e) is ValueError and str(e) != TORCHSCRIPT:
-            reason += f" ({e})"
-        raise ValueError(f"{path} {reason}") from None
+    """Read a file of weights of any format. Nothing in it is run."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":
+        return _read_safetensors(path)
+    zipped = start[:2] == b"PK"
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise _Refused("is a TorchScript archive, and reading one can run code. If you trust it, convert it: "
+                           "python -c \"import torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
+        if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise ValueError("compressed archives, which torch.save does not write, could fill the memory")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
 
 
 # ---------------------------------------------------------------- weights in and out ----
@@ -699,13 +688,13 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
     file = file if isinstance(file, dict) else {}
     part = next((k for k in keys if isinstance(file.get(k), dict)), "")
     if key and not part:
-        raise ValueError(f"has no part {key!r}")
+        raise _Refused(f"has no part {key!r}")
     weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): w
                for name, w in (file[part] if part else file).items() if torch.is_tensor(w) and w.is_floating_point()}
     if any(name.startswith("visual.") for name in weights):  # CLIP with its text tower
         weights = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
     if sum(w.nbytes for w in weights.values()) > size:
-        raise ValueError("is corrupt: its tensors are larger than the file")
+        raise _Refused("is corrupt: its tensors are larger than the file")
     # Copies, because a tensor that is mapped to the file would change or crash when the file is overwritten.
     return {name: w.to("cpu", torch.float32, copy=True) for name, w in weights.items()}, part
 
@@ -719,7 +708,7 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         weights["proj.weight"] = weights["proj.weight"].t()
     if "norm_pre.weight" in weights and "head.weight" in weights:  # timm's CLIP
         if weights.pop("head.bias").any():
-            raise ValueError("has a classifier in place of CLIP's projection")
+            raise _Refused("has a classifier in place of CLIP's projection")
         weights["proj.weight"] = weights.pop("head.weight")
     if "norm_pre.weight" in weights and "patch_embed.proj.bias" not in weights:
         # CLIP was trained with other image statistics: x -> (x * std + mean - clip_mean) / clip_std. Folded into the
@@ -731,7 +720,7 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     scales = [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma"))]
     dim, blocks = weights["cls_token"].shape[-1], {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if scales and (len(scales) != 2 * len(blocks) or any(weights[name].shape != (dim,) for name in scales)):
-        raise ValueError("is another kind of ViT: LayerScale is missing in some blocks, or not one factor per channel")
+        raise _Refused("is another kind of ViT: LayerScale is missing in some blocks, or not one factor per channel")
     for name in scales:  # gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
         gamma, layer = weights.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
@@ -744,24 +733,21 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_vit(weights: dict[str, Tensor], left_out: list[str]):
-    """Raise ValueError if a ViT of this file would not compute exactly what the weights were trained for."""
+    """Raise _Refused if a ViT of this file would not compute exactly what the weights were trained for."""
     for name, w in weights.items():
         if not w.isfinite().all():
-            raise ValueError(f"is corrupt: {name} has values that are not finite")
+            raise _Refused(f"is corrupt: {name} has values that are not finite")
     strange = next((name for name in left_out if not LEFT_OUT.match(name)), None)
     if strange:  # to ignore it could change what the encoder computes
-        raise ValueError(f"is another kind of ViT: it has {strange}")
-    kernel = tuple(weights["patch_embed.proj.weight"].shape)
-    if len(kernel) != 4 or kernel[0] % 4 or 0 in kernel:
-        raise ValueError(f"is another kind of ViT: its patch_embed.proj.weight is {kernel}")
+        raise _Refused(f"is another kind of ViT: it has {strange}")
     with torch.device("meta"):  # only names and shapes
         expected = vit_like(weights, heads=1).state_dict()
     missing = [name for name in expected if name not in weights and not name.startswith("norm.")]
     if missing:
-        raise ValueError(f"lacks {len(missing)} weights: {', '.join(missing[:3])}")
+        raise _Refused(f"lacks {len(missing)} weights: {', '.join(missing[:3])}")
     for name, w in weights.items():
         if ENCODER.fullmatch(name) and (name not in expected or w.shape != expected[name].shape):
-            raise ValueError(f"is another kind of ViT: its {name} is {tuple(w.shape)}")
+            raise _Refused(f"is another kind of ViT: its {name} is {tuple(w.shape)}")
 
 
 def load_weights(path, key: Optional[str] = None) -> Weights:
@@ -771,30 +757,31 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
     CLIP), OpenAI's CLIP (as a state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file
     is run. key: the part to take from a file with several, such as "student" in DINO's full checkpoint.
     LayerScale is folded into the linear layer before it, CLIP's image statistics into the patch embedding."""
-    file = _read_file(path)
     try:
+        file = _read_file(path)
         found, part = _find_vit(file, key, os.path.getsize(path))
         for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
             if any(mark in name for name in found):
-                raise ValueError(f"has {feature}, which are not supported")
+                raise _Refused(f"has {feature}, which are not supported")
         if not {"cls_token", "class_embedding"} & set(found):
-            raise ValueError(f"holds no ViT with CLS: its first weights are {', '.join([*found][:3]) or 'missing'}")
-        weights = _to_our_names(dict(found))
+            raise _Refused(f"holds no ViT with CLS: its first weights are {', '.join([*found][:3]) or 'missing'}")
+        weights = _to_our_names(found)
         taken = {name: w for name, w in weights.items() if ENCODER.fullmatch(name) or HEADS.match(name)}
         left_out = sorted(set(weights) - set(taken))
         _check_vit(taken, left_out)
-    except ValueError as e:
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror or e}") from None
+    except _Refused as e:
         raise ValueError(f"{path} {e}") from None
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ZeroDivisionError):  # unexpected shapes
-        raise ValueError(f"{path} is another kind of ViT") from None
-    marks = {"SemAIM": "query_blocks.", "MAE": "decoder_", "CLIP": "norm_pre.", "DINOv2": "blocks.0.ls1."}
-    kind = next((kind for kind, mark in marks.items() if any(n.startswith(mark) for n in [*found, *taken])), "ViT")
+    except Exception as e:  # corrupt files and unexpected shapes raise many types
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(e))
+        raise ValueError(f"{path} is refused: it asks to load {unsafe[1]}, which could run code" if unsafe else
+                         f"{path} is corrupt, or not a file of ViT weights") from None
     names = f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else ""
-    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if kind == "CLIP" else ""
-    part = part and f" from its part {part!r}"
+    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if "proj.weight" in taken else ""
     result = Weights(taken)
-    result.summary = (f"{path} holds a {kind}: {len(taken)} tensors were taken{part} and {len(left_out)} left out"
-                      f"{names}{activation}.")
+    result.summary = (f"{path}: {len(taken)} tensors were taken{part and f' from its part {part!r}'} and "
+                      f"{len(left_out)} left out{names}{activation}.")
     result.config = file.get("config", {})
     return result
 

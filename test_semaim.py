@@ -710,7 +710,7 @@ def test_what_load_weights_tells(tmp_path):
     torch.save(dict(model=weights, config=dict(arch="x"), step=1), tmp_path / "last.pt")
     loaded = semaim.load_weights(tmp_path / "last.pt")
     assert isinstance(loaded, dict) and loaded.config == dict(arch="x")
-    assert loaded.summary.endswith("last.pt holds a ViT: 30 tensors were taken from its part 'model' and 0 left out.")
+    assert loaded.summary.endswith("last.pt: 30 tensors were taken from its part 'model' and 0 left out.")
     torch.save(weights | {"mask_token": torch.ones(1), "decoder_norm.weight": torch.ones(1)}, tmp_path / "mae.pth")
     loaded = semaim.load_weights(tmp_path / "mae.pth")
     assert loaded.config == {} and loaded.keys() == weights.keys()
@@ -804,7 +804,7 @@ def bad_files(folder):
     pytest.importorskip("safetensors.torch").save_file(good, folder / "vit.safetensors")
     whole, tensors = vit.read_bytes(), (folder / "vit.safetensors").read_bytes()
     entry = dict(dtype="F32", shape=[2], data_offsets=[0, 8])
-    corrupt = "is corrupt, or not a file of weights"
+    corrupt = "is corrupt, or not a file of ViT weights"
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", bytes(2**27))
@@ -849,15 +849,15 @@ def bad_files(folder):
         "packed": (good | {f"blocks.{i}.mlp.fc2.weight": torch.ones(128, 256) for i in (0, 1)},
                    r"its blocks.0.mlp.fc2.weight is \(128, 256\)"),
         "dinov3": (good | {"rope_embed.periods": torch.ones(4)}, r"has rotary positions \(DINOv3\)"),
-        "patch": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 8, 4)}, "is another kind of ViT"),
+        "patch": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 8, 4)}, "is another kind of ViT: its patch_embed"),
         "classifier": (good | {f"norm_pre.{n}": torch.ones(128) for n in ("weight", "bias")} | {
             "head.weight": torch.ones(10, 128), "head.bias": torch.ones(10)}, "has a classifier in place of CLIP's"),
-        "zero": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 0, 0)}, "is another kind of ViT"),
-        "flat": (good | {"patch_embed.proj.weight": torch.ones(128)}, "is another kind of ViT"),
+        "zero": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 0, 0)}, corrupt),
+        "flat": (good | {"patch_embed.proj.weight": torch.ones(128)}, corrupt),
         "clip": (clip_weights(), "is a CLIP tower, but the target is 'dino'"),
         "coca": ({f"visual.{n}": w for n, w in (clip_weights() | {"attn_pool.query": torch.ones(2)}).items()},
                  "it has attn_pool.query"),
-        "no_projection": ({k: w for k, w in clip_weights().items() if k != "proj"}, "is another kind of ViT"),
+        "no_projection": ({k: w for k, w in clip_weights().items() if k != "proj"}, corrupt),
         "no_norm": ({k: w for k, w in good.items() if k[:5] != "norm."}, "lacks norm.weight, the final norm"),
     }
 
@@ -877,7 +877,7 @@ def test_bad_weight_files(tmp_path):
         assert said.startswith(str(path)) and "\n" not in said and re.search(message, said), (name, said)
         assert peak_memory() < before + 2**26, name
     assert not (tmp_path / "ran").exists() and len(files) > 40
-    for path, message in (("nothing", "nothing: no such file"), (".", "cannot be read: Is a directory")):
+    for path, message in (("nothing", "nothing: No such file"), (".", ": Is a directory")):
         with pytest.raises(ValueError, match=message):
             semaim.load_weights(tmp_path / path)
     with pytest.raises(ValueError, match="vit.pt is no CLIP tower, but the target is 'clip'"):
@@ -1585,8 +1585,8 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
     (["linear", "--label_fraction", "0.05"], "--label_fraction 0.05 leaves no image of class cat, which has 6"),
         (["finetune", "--eval_only"], "last.pt has no head.weight: --eval_only needs a classifier"),
     (["linear", "--eval_only"], "last.pt has no head.1.weight: --eval_only needs a classifier"),
-    (["knn", "--checkpoint", "nothing.pt"], "nothing.pt: no such file"),
-    (["knn", "--checkpoint", ""], "no such file"),
+    (["knn", "--checkpoint", "nothing.pt"], "nothing.pt: No such file"),
+    (["knn", "--checkpoint", ""], "No such file"),
     (["zero_shot"], "argument task: invalid choice: 'zero_shot'"),
     (["finetune", "--randaugment", "11"], "argument --randaugment: invalid choice: 11"),
     (["knn", "--label_fraction", "2"], "--label_fraction 2.0 is not above 0 and at most 1"),
@@ -2161,9 +2161,9 @@ def test_heads_are_not_guessed():
     (["--img_size", "33"], "img_size 33 is not a multiple of patch_size 8"),
     (["--query_depth", "3"], "query_depth 3 does not divide depth 4"),
     (["--target", "dino"], "--target dino needs --teacher FILE"),
-    (["--target", "clip", "--teacher", "nothing.pt"], "nothing.pt: no such file"),
+    (["--target", "clip", "--teacher", "nothing.pt"], "nothing.pt: No such file"),
     (["--teacher", "x.pt"], "--target pixel takes no --teacher"),
-    (["--init_weights", "nothing.pt"], "nothing.pt: no such file"),
+    (["--init_weights", "nothing.pt"], "nothing.pt: No such file"),
     (["--data", "nowhere"], "--data nowhere is neither a folder nor one of shapes, "),
     (["--resume", "nothing.pt"], "nothing.pt: no such file"),
 ))
