@@ -406,7 +406,7 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
         parser.set_defaults(eval_only=False)
         return
     add("--eval_only", action="store_true", help="only score the classifier in --checkpoint")
-    add("--smoothing", type=float, default=recipe["smoothing"], help="label smoothing")
+    add("--smoothing", type=train.decimal, default=recipe["smoothing"], help="label smoothing")
     train.add_training_flags(parser, recipe)
     if task == "linear":
         add("--cache_features", action="store_true", help="compute the features once, without augmentation")
@@ -418,7 +418,7 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
                        ("drop_path", "chance that a sample skips a branch of the last block"),
                        ("crop_min", "smallest share of the area in a crop"), ("erasing", "chance of RandomErasing"),
                        ("mixup", "alpha; 0: none"), ("cutmix", "alpha; 0: none")):
-        add(f"--{name}", type=float, default=recipe[name], help=what)
+        add(f"--{name}", type=train.decimal, default=recipe[name], help=what)
 
 
 def parse_args(argv=None):

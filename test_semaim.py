@@ -2152,9 +2152,11 @@ def test_heads_are_not_guessed():
 
 
 @pytest.mark.parametrize("flags,message", (
-    (["--batch_size", "0"], "argument --batch_size: 0 is less than 1"),
-    (["--accum_iter", "0"], "argument --accum_iter: 0 is less than 1"),
-    (["--epochs", "-1"], "argument --epochs: -1 is less than 1"),
+    (["--batch_size", "0"], "argument --batch_size: 0 is not a finite number of at least 1"),
+    (["--blr", "nan"], "argument --blr: nan is not a finite number of at least 0"),
+    (["--knn_images", "-5"], "argument --knn_images: -5 is not a finite number of at least 0"),
+    (["--accum_iter", "0"], "argument --accum_iter: 0 is not a finite number of at least 1"),
+    (["--epochs", "-1"], "argument --epochs: -1 is not a finite number of at least 1"),
     (["--arch", "vit_giant"], "argument --arch: invalid choice: 'vit_giant'"),
     (["--order", "spiral"], "argument --order: invalid choice: 'spiral'"),
     (["--target", "beit"], "argument --target: invalid choice: 'beit'"),
@@ -2508,7 +2510,8 @@ def test_the_process_group_waits_and_names_what_c10d_needs(monkeypatch, capsys):
 
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")):
+            "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory. Error code 12 (Cannot allocate memory)")):
         def fails(*_, error=error, **__):
             raise error
 

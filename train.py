@@ -1030,11 +1030,16 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def positive(text: str) -> int:
-    """Parse an integer of at least 1, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def at_least(minimum: int, kind: type):
+    """Make a function that parses a finite number of at least `minimum`, for argparse."""
+    def number(text: str):
+        if not minimum <= kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {minimum}")
+        return kind(text)
+    return number
+
+
+positive, not_negative, decimal = at_least(1, int), at_least(0, int), at_least(0, float)
 
 
 def add_shared_flags(parser: Parser, recipe: dict):
@@ -1043,7 +1048,7 @@ def add_shared_flags(parser: Parser, recipe: dict):
     add("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--data_root", default="data", metavar="DIR", help="where torchvision's data sets are, or are downloaded to")
     add("--img_size", type=positive, default=recipe["img_size"], help="pixels")
-    add("--workers", type=int, help="loader processes (default: one per usable core, at most 16 per process; 0 for "
+    add("--workers", type=not_negative, help="loader processes (default: one per usable core, at most 16 per process; 0 for "
         "images in memory on a CPU)")
     add = parser.add_argument_group("machine").add_argument
     add("--output_dir", help="default: a folder named after the run")
@@ -1066,13 +1071,13 @@ def add_training_flags(parser: Parser, recipe: dict):
                        ("blr", "base learning rate: lr = blr * total batch / 256"),
                        ("weight_decay", "for weight matrices; biases and norms have none"),
                        ("clip_grad", "largest gradient norm; 0: no clipping")):
-        add(f"--{name}", type=float, default=recipe[name], help=what)
+        add(f"--{name}", type=decimal, default=recipe[name], help=what)
     add("--grad_checkpointing", action="store_true", help="compute blocks twice to use less memory")
     add = parser.add_argument_group("checkpoints and evaluation").add_argument
     add("--resume", help="a last.pt to continue from if --output_dir has none yet")
     add("--stop_after", type=positive, metavar="STEP", help="save and stop after this step")
-    add("--save_every_minutes", type=float, default=10.0, metavar="MINUTES", help="between two checkpoints")
-    add("--eval_every", type=int, default=recipe["eval_every"], metavar="EPOCHS",
+    add("--save_every_minutes", type=decimal, default=10.0, metavar="MINUTES", help="between two checkpoints")
+    add("--eval_every", type=not_negative, default=recipe["eval_every"], metavar="EPOCHS",
         help="evaluate this often and at the end; 0: only at the end")
     return add
 
@@ -1121,9 +1126,9 @@ def parse_args(argv=None):
     add("--init_weights", metavar="FILE", help="weights to start from (default: random)")
     add_shared_flags(parser, recipe)
     add = add_training_flags(parser, recipe)
-    add("--keep_every", type=int, default=recipe["keep_every"], metavar="EPOCHS",
+    add("--keep_every", type=not_negative, default=recipe["keep_every"], metavar="EPOCHS",
         help="keep the weights this often, as epoch-N.pt; 0: never")
-    add("--knn_images", type=int, default=60_000, help="at most this many of train and of val; 0: no evaluation")
+    add("--knn_images", type=not_negative, default=60_000, help="at most this many of train and of val; 0: no evaluation")
     args = parser.parse_args(argv)
     if (args.target in ("dino", "clip")) != (args.teacher is not None):
         raise ValueError(f"--target {args.target} " + ("takes no --teacher" if args.teacher else
@@ -1143,7 +1148,7 @@ def user_errors():
         named = isinstance(e, OSError) and e.filename  # an error of the operating system
         raise SystemExit(f"error: {e.filename}: {e.strerror}" if named else f"error: {message}") from None
     except RuntimeError as e:
-        if "out of memory" not in str(e).lower() and "not enough memory" not in str(e):
+        if not re.search("out of memory|not enough memory|cannot allocate memory", str(e), re.IGNORECASE):
             raise
         raise SystemExit("error: out of memory; lower --batch_size (accumulation keeps the total batch), or add "
                          "--grad_checkpointing") from None
