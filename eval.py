@@ -202,7 +202,7 @@ def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torc
             guesses.append(best_five(model(batch)))
         labels.append(label)
     model.train(was_training)
-    return collect(guesses, labels, len(images))
+    return collect(guesses, labels)
 
 
 # ---------------------------------------------------------------- tasks ----
@@ -215,10 +215,10 @@ def knn(args, weights, data: Images, val: Images):
     if max(args.k) > len(bank):
         raise ValueError(f"--k {max(args.k)} is larger than the training set ({len(bank)} images)")
     queries, truth = train.features(vit, val, args, [args.pool])
-    guesses = {}
-    for k in args.k:  # the processes share the queries
-        votes = knn_votes(queries[RANK::WORLD, 0], bank[:, 0], labels, len(data.classes), k)
-        guesses[k] = gather(best_five(votes), len(queries))
+    mine, guesses = queries[:, 0].tensor_split(WORLD)[RANK], {}
+    for k in args.k:
+        votes = knn_votes(mine, bank[:, 0], labels, len(data.classes), k)
+        guesses[k] = gather([best_five(votes)])
     report_score(args, guesses[args.k[0]], truth, data.classes, k={k: score(guesses[k], truth) for k in args.k})
 
 
@@ -295,7 +295,7 @@ def train_classifier(args, weights, data: Images, val: Images):
                 loss = F.cross_entropy(run.forward(images), labels, label_smoothing=args.smoothing)
             run.backward(loss)
         run.log_step(run.update(lr))
-        if (run.epoch_ended(args.eval_every) and not run.stopping) or run.finished:
+        if run.evaluation_due:
             result = classify(model, val, args)
             scores = score(*result)
             say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
@@ -426,6 +426,7 @@ def parse_args(argv=None):
     first = Parser(add_help=False)
     first.add_argument("--checkpoint", metavar="FILE", help="any file that semaim.load_weights reads (default: random "
                        "weights)")
+    first.add_argument("--data", default="shapes", help=train.DATA_HELP)
     first.add_argument("--arch", choices=ARCHS, help="of random weights; a checkpoint has its own")
     first.add_argument("--patch_size", type=positive, help="of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
@@ -434,7 +435,8 @@ def parse_args(argv=None):
     size = model_size(weights, known.arch, known.heads)
     parser = Parser(description="Evaluate a pre-trained encoder.")
     tasks = parser.add_subparsers(dest="task", required=True)
-    recipes = {task: recipe | size | (NANO[task] if size["arch"] == "vit_nano" else {})
+    defaults = size | train.machine_defaults(size["arch"], known.data)
+    recipes = {task: recipe | defaults | (NANO[task] if size["arch"] == "vit_nano" else {})
                for task, recipe in RECIPES.items()}
     for task, recipe in recipes.items():
         add_task_flags(tasks.add_parser(task, parents=[first], help=TASKS[task]), task, recipe)
@@ -459,7 +461,7 @@ def parse_args(argv=None):
         folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{args.arch}-random"
         args.output_dir = str(folder / "-".join([args.task] + [Path(args.data).resolve().name] * (args.task != "show")))
     # With cached features every process trains the whole classifier: the batch is not split over processes.
-    train.settle(args, recipes[args.task], 1 if getattr(args, "cache_features", False) else WORLD)
+    train.settle_batch(args, recipes[args.task], 1 if getattr(args, "cache_features", False) else WORLD)
     return args, weights
 
 

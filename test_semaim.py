@@ -786,7 +786,7 @@ def tensors_file(header, data=b"", length=None):
     return (len(header) if length is None else length).to_bytes(8, "little") + header + data
 
 
-def peak_memory():
+def recent_peak_memory():
     """Peak of this process's memory in bytes since the last call."""
     try:
         status = Path("/proc/self/status").read_text()
@@ -864,8 +864,8 @@ def bad_files(folder):
 
 def test_bad_weight_files(tmp_path):
     files = bad_files(tmp_path)
-    peak_memory()  # resets it
-    before = peak_memory()
+    recent_peak_memory()  # resets it
+    before = recent_peak_memory()
     for name, (content, message) in files.items():
         path = tmp_path / name
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -875,7 +875,7 @@ def test_bad_weight_files(tmp_path):
             said = str(error)
             assert error.__suppress_context__ or not error.__context__
         assert said.startswith(str(path)) and "\n" not in said and re.search(message, said), (name, said)
-        assert peak_memory() < before + 2**26, name
+        assert recent_peak_memory() < before + 2**26, name
     assert not (tmp_path / "ran").exists() and len(files) > 40
     for path, message in (("nothing", "nothing: No such file"), (".", ": Is a directory")):
         with pytest.raises(ValueError, match=message):
@@ -1851,6 +1851,7 @@ def fake_gpu(monkeypatch):
 
     for module in (train, evaluation):
         monkeypatch.setattr(module, "DEVICE", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.nn.Module, "to", move)
     monkeypatch.setattr(FakeTensor, "tolist", tolist)
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)  # the check would need values
@@ -1908,7 +1909,7 @@ def test_evaluation_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch):
     for module in (train, evaluation):
         monkeypatch.setattr(module, "eval_batches", batches)
         # Which rows have a label depends on values, so this collects all.
-        monkeypatch.setattr(module, "collect", lambda values, labels, total: (torch.cat(values), torch.cat(labels)))
+        monkeypatch.setattr(module, "collect", lambda values, labels: (torch.cat(values), torch.cat(labels)))
     images = train.Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), ["cat", "dog"])
     flags = "--arch vit_nano --data cats --precision bf16 --no-compile --workers 0 --batch_size 4".split()
     for task, pool in itertools.product(("linear", "finetune"), ("cls", "mean")):
@@ -1944,15 +1945,16 @@ def steps_of(waits, monkeypatch, function, *args):
     monkeypatch.setattr(train.Run, "_micro_batches", begin)
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
     monkeypatch.setattr(train.Run, "log_step", end)
-    assert train.make_loader([0], 0).pin_memory  # else a copy would wait in any case
-    monkeypatch.setattr(train, "make_loader", lambda *_, **__: itertools.repeat(batch))
+    loaders = []
+    monkeypatch.setattr(train, "DataLoader", lambda *_, **how: loaders.append(how) or itertools.repeat(batch))
     for module, name in ((train, "evaluate"), (train, "save_samples"), (train.Run, "save"), (train, "join_processes"),
-                         (train.Images, "note_unreadable"), (evaluation, "report_score")):
+                         (evaluation, "report_score")):
         monkeypatch.setattr(module, name, lambda *_, **__: None)
     for module in (train, evaluation):
         monkeypatch.setattr(module, "load_data", lambda *_: data)
     monkeypatch.setattr(evaluation, "classify", lambda *_: (torch.zeros(12, 5).long(), torch.zeros(12).long()))
     function(*args)
+    assert all(how["pin_memory"] for how in loaders)  # else a copy would wait in any case
     return steps
 
 
@@ -2459,11 +2461,13 @@ def test_workers_follow_the_cores_that_may_be_used(tmp_path, monkeypatch):
     assert train.parse_args([]).workers == 0
 
 
-def test_a_million_paths_are_one_array():
+def test_a_million_paths_are_one_array(monkeypatch):
     images = train.Images([f"folder/{i}.jpg" for i in range(1000)])
     assert images.items.dtype.kind == "S" and images.path(7) == "folder/7.jpg"
-    loader = train.make_loader(train.Views(images, EVAL_VIEW), 1, sampler=[(0, 0)])
-    assert sys.platform != "linux" or loader.multiprocessing_context.get_start_method() == "fork"
+    contexts = []
+    monkeypatch.setattr(train, "DataLoader", lambda *_, **how: contexts.append(how["multiprocessing_context"]) or [])
+    assert list(train.load_batches(train.Views(images, EVAL_VIEW), 1, sampler=[(0, 0)])) == []
+    assert contexts == ["fork"] or sys.platform != "linux"
 
 
 def test_one_process_of_a_machine_downloads(tmp_path, monkeypatch):
@@ -2510,8 +2514,8 @@ def test_the_process_group_waits_and_names_what_c10d_needs(monkeypatch, capsys):
 
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"), RuntimeError(
-            "DefaultCPUAllocator: can't allocate memory. Error code 12 (Cannot allocate memory)")):
+            "[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory. Error code 12 (Cannot allocate memory)")):
         def fails(*_, error=error, **__):
             raise error
 
@@ -2724,14 +2728,14 @@ def benchmark(argv, rounds=3, images_per_round=768):
         run = train.Run(args, model, train.make_optimizer(model, args.weight_decay), args.total_batch)
         views = torch.randint(256, (run.batch, 3, args.img_size, args.img_size), dtype=torch.uint8)
         views = views.pin_memory() if train.DEVICE.type == "cuda" else views
-        batches, data = itertools.repeat((views, *torch.full((2, run.batch), -1))), train.Images(views)
+        batches = ((train.normalise(views), None, None) for _ in itertools.count())
 
         def loss(images, model):
             with train.autocast(args.precision):
                 return model(images, **train.teacher_inputs(teacher, images, args.anchor)).loss
 
         def step():  # as in train.train
-            for images, _ in run._micro_batches(batches, data):
+            for images, _ in run._micro_batches(batches):
                 run.backward(loss(images, run.forward))
             run.update(lr=1e-4)
 

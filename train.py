@@ -58,7 +58,7 @@ RECIPES = {
     "vit_large": PAPER | dict(batch_size=128),
     "vit_huge": PAPER | dict(batch_size=64),
 }
-DATASETS = ("shapes", "cifar10", "cifar100", "fashion_mnist")
+DATASETS = dict(shapes="", cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")  # torchvision's names
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -68,16 +68,16 @@ TERMINAL = RANK == 0 and sys.stderr.isatty()  # progress bars only there; plain 
 
 
 def say(message: str):
-    """Print a line on stderr, from the first process only and above the progress bar."""
+    """Print a line on stderr, from the first process only."""
     if RANK == 0:
-        tqdm.write(message, sys.stderr) if TERMINAL else print(message, file=sys.stderr, flush=True)
+        tqdm.write(message, sys.stderr)
 
 
 # ---------------------------------------------------------------- processes and devices ----
 
 
 def join_processes():
-    """Set up the device and, under torchrun, join the other processes. Raise ValueError if several processes were
+    """Set up the device and, under torchrun, join the other processes. Raises ValueError if several processes were
     started without torchrun."""
     tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
@@ -102,32 +102,20 @@ def join_processes():
                                 device_id=DEVICE if cuda else None)
 
 
-def autocast(precision: str):
-    """Return the mixed-precision context of a forward pass. Without autocast's cache, which saves
-    little and with --grad_checkpointing needs more memory than the activations."""
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
-    return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32", cache_enabled=False)
-
-
-def gather(shard: torch.Tensor, total: int) -> torch.Tensor:
-    """Collect the rows of all processes: process r holds rows r, r + WORLD, ... of `total` as (n_r, ...), and every
-    process gets all of them, (total, ...)."""
-    if WORLD == 1:
-        return shard
-    longest = -(-total // WORLD)
-    padded = torch.cat([shard, shard.new_zeros(longest - len(shard), *shard.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(WORLD)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
-
-
 def from_all(value) -> list:
-    """Return the values that all processes hold, in order of rank."""
+    """Return the values that all processes hold, in order of rank. Tensors must be on the CPU."""
     values = [value]
     if WORLD > 1:
         values = [None] * WORLD
         dist.all_gather_object(values, value)
     return values
+
+
+def autocast(precision: str):
+    """Return the mixed-precision context of a forward pass. Without autocast's cache, which saves little and with
+    --grad_checkpointing needs more memory than the activations."""
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
+    return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
 
 # ---------------------------------------------------------------- data: where images come from ----
@@ -182,16 +170,13 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     return (image * 255).clamp(0, 255).byte(), labels
 
 
-
 def decode(path: str) -> torch.Tensor:
     """Read an image file of any mode as upright RGB, uint8 (3, H, W). Transparent parts become white."""
     if decode_jpeg:
-        try:
+        with contextlib.suppress(RuntimeError):  # not a JPEG, or a damaged one: Pillow gives the better answer
             image = decode_jpeg(read_file(path), apply_exif_orientation=True)
             if len(image) == 3:
                 return image
-        except RuntimeError:  # not a JPEG, or a damaged one: Pillow gives the better answer
-            pass
     with Image.open(path) as image:
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
@@ -228,21 +213,6 @@ class Images:
         """Select the images at indices (n,)."""
         return Images(self.items[indices], None if self.labels is None else self.labels[indices], self.classes)
 
-    def note_unreadable(self, indices: torch.Tensor):
-        """Name the unreadable files of a batch, each once. indices (n,): -1 stands for a readable file."""
-        for index in sorted(set(indices[indices >= 0].tolist()) - self.unreadable):
-            self.unreadable.add(index)
-            tqdm.write(f"skipped, not readable as an image: {self.path(index)}", file=sys.stderr)
-
-    def report_unreadable(self):
-        """Report how many files all processes have skipped since the program started."""
-        count = len(set().union(*from_all(self.unreadable)))
-        if count:
-            say(f"{count} of {len(self)} files were skipped, not readable as images")
-
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-
 
 def load_data(data: str, split: str, data_root: str = "data", classes=None):
     """Find the images of --data. split "train" or "val" -> Images; None if there is no val. classes: the classes of
@@ -264,7 +234,7 @@ def load_data(data: str, split: str, data_root: str = "data", classes=None):
 
 def load_torchvision(data: str, split: str, data_root: str) -> Images:
     """Read a data set of torchvision from data_root, or download it there once per machine."""
-    kind = getattr(torchvision.datasets, dict(cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")[data])
+    kind = getattr(torchvision.datasets, DATASETS[data])
     try:
         with contextlib.redirect_stdout(sys.stderr):
             if LOCAL_RANK == 0:
@@ -279,8 +249,11 @@ def load_torchvision(data: str, split: str, data_root: str) -> Images:
     return Images(images, torch.as_tensor(source.targets), source.classes)
 
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
 def list_images(folder: Path) -> list[str]:
-    """List all image files below a folder, sorted."""
+    """List all image files below a folder, sorted. Raises ValueError if there are none."""
     paths = sorted(f"{place}{os.sep}{name}" for place, _, names in os.walk(folder, followlinks=True)
                    for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     if not paths:
@@ -289,25 +262,21 @@ def list_images(folder: Path) -> list[str]:
 
 
 def load_folder(folder: Path, classes=None) -> Images:
-    """Find the images of FOLDER/CLASS/*, or unlabelled ones if FOLDER has no class folders."""
+    """Find the images of FOLDER/CLASS/*, or unlabelled ones if FOLDER has no class folders with images."""
     paths = list_images(folder)
-    skip = len(str(folder)) + 1
-    names = [path[skip:].split(os.sep)[0] for path in paths]
-    folders = {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    found = sorted(folders & set(names))
-    if not found:
+    place = len(str(folder).split(os.sep))  # of the class in a path
+    named = [(path, path.split(os.sep)[place]) for path in paths if path.count(os.sep) > place]
+    if not named:
         return Images(paths)
-    stray = [path for path, name in zip(paths, names) if name not in folders]
-    ignored = stray + [str(folder / name) for name in sorted(folders - set(found))]
-    if ignored:
-        say(f"ignored, not in a class folder, or a class folder without images: {ignored[0]}"
-            + f" and {len(ignored) - 1} more" * (len(ignored) > 1))
-    inside = [(path, name) for path, name in zip(paths, names) if name in folders]
-    classes = classes or found
-    if not set(found) <= set(classes):
-        raise ValueError(f"{folder} has a class that the training set does not have: {min(set(found) - set(classes))}")
-    number = {name: i for i, name in enumerate(classes)}
-    return Images([path for path, _ in inside], torch.tensor([number[name] for _, name in inside]), classes)
+    names = {name for _, name in named}
+    other = sorted(entry.path for entry in os.scandir(folder) if entry.name not in names and (
+        entry.is_dir() or entry.path in paths))
+    if other:
+        say(f"{len(other)} ignored, not in a class folder, or a class folder without images: {', '.join(other[:3])}")
+    number = {name: i for i, name in enumerate(classes or sorted(names))}
+    if not names <= number.keys():
+        raise ValueError(f"{folder} has a class that the training set does not have: {min(names - number.keys())}")
+    return Images([path for path, _ in named], torch.tensor([number[name] for _, name in named]), [*number])
 
 
 # ---------------------------------------------------------------- data: views and batches ----
@@ -382,12 +351,19 @@ def batch_keys(n: int, batch: int, accum_iter: int, seed: int, start: int, stop:
             yield [(epoch, index) for index in indices.tolist()]
 
 
-def make_loader(views: Views, workers: int, **sampling) -> DataLoader:
-    """Make a DataLoader over keys. sampling: batch_sampler=, or sampler= and batch_size=."""
+def load_batches(views: Views, workers: int, **sampling):
+    """Yield batches of views: images (n, 3, size, size) normalised and labels (n,), both on the device, and unreadable
+    (n,), the index of an unreadable file or -1. Names each unreadable file once. sampling: for DataLoader."""
     # fork shares the list of files between the workers; it is not the default of every Python
     fork = "fork" if workers and sys.platform == "linux" else None
-    return DataLoader(views, num_workers=workers, pin_memory=DEVICE.type == "cuda", worker_init_fn=ignore_signals,
-                      multiprocessing_context=fork, **sampling)
+    cuda = DEVICE.type == "cuda"
+    loader = DataLoader(views, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals,
+                        multiprocessing_context=fork, **sampling)
+    for images, labels, unreadable in loader:
+        for index in set(unreadable.tolist()) - {-1} - views.images.unreadable:
+            views.images.unreadable.add(index)
+            tqdm.write(f"skipped, not readable as an image: {views.images.path(index)}", sys.stderr)
+        yield normalise(images), labels.to(DEVICE, non_blocking=cuda), unreadable
 
 
 def ignore_signals(_):
@@ -471,7 +447,7 @@ def save_checkpoint(path: Path, checkpoint: dict):
 
 
 def load_checkpoint(path) -> dict:
-    """Read a checkpoint of this file, or the previous one if it is damaged, foreign or missing. Raises OSError for
+    """Read a checkpoint of this file, or the previous one if it is corrupt, foreign or missing. Raises OSError for
     a read error, which may pass, and ValueError if there is no valid file."""
     path = Path(path)
     for file in filter(Path.exists, (path, previous(path))):
@@ -482,16 +458,14 @@ def load_checkpoint(path) -> dict:
                 if not isinstance(e, pickle.UnpicklingError) and zipfile.ZipFile(file).testzip() is None:
                     raise OSError(f"{file} could not be read ({str(e).splitlines()[0]}); try again") from e
             continue
-        if {"model", "config", "step"} <= set(checkpoint):
-            break
-    else:
-        raise ValueError(f"{path} is corrupt, or from another program, and there is no previous checkpoint; move it "
-                         "away to start again" if path.exists() else f"{path}: no such file")
-    if file != path and RANK == 0 and path.exists():  # or the next save would keep it as `previous`
-        os.replace(path, path.with_suffix(".bad"))
-        say(f"{path} is corrupt, or from another program; renamed to {path.with_suffix('.bad').name}, and "
-            f"{file.name} is used instead")
-    return checkpoint
+        if not {"model", "config", "step"} <= set(checkpoint):
+            continue
+        if file != path and RANK == 0 and path.exists():  # or the next save would keep it as `previous`
+            os.replace(path, path.with_suffix(".bad"))
+            say(f"{path} is corrupt, or from another program; renamed to {path.stem}.bad, and {file.name} is used")
+        return checkpoint
+    raise ValueError(f"{path} is corrupt, or from another program, and there is no previous checkpoint; move it away "
+                     "to start again" if path.exists() else f"{path}: no such file")
 
 
 def file_hash(path) -> str | None:
@@ -545,11 +519,10 @@ class Run:
             f"{name}_hash": file_hash(getattr(args, name, None)) for name in ("checkpoint", "init_weights", "teacher")}
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
         self.step, self.seconds, self.best = 0, 0.0, -1.0  # finished steps, training time, best score of eval.py
+        self.signalled = self.stopping = False  # a signal came to this process; all processes stop after this step
+        self.measures, self.recent = {}, []  # sums over the micro-batches of a step; seconds of the latest steps
         self.folder = Path(args.output_dir)
         self.last = self.folder / "last.pt"
-        self.signalled = self.stopping = self.save_due = False
-        self.saved = self.printed = time.monotonic()
-        self.measures, self.recent = {}, []  # sums over micro-batches; seconds of the latest steps
         self._check_folder()
         self._resume()
         if self.total_batch < args.total_batch:
@@ -562,37 +535,23 @@ class Run:
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
         self.forward = model if WORLD == 1 else DistributedDataParallel(
             model, gradient_as_bucket_view=True, bucket_cap_mb=100)
-
-    @property
-    def epoch(self) -> float:
-        """The number of finished epochs, with its fraction."""
-        return self.step / self.steps_per_epoch
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last step of the last epoch is done."""
-        return self.step == self.last_step
-
-    def epoch_ended(self, every: int) -> bool:
-        """Whether the finished step ends an epoch that is a multiple of `every` (0: never)."""
-        return bool(every) and self.step % (every * self.steps_per_epoch) == 0
+        self.saved = self.printed = time.monotonic()
 
     def _check_folder(self):
         """Create --output_dir, and make sure that all processes see the same one."""
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-        if WORLD == 1:
-            return
-        token = self.folder / from_all(f"{time.time_ns()}.tmp")[0]
-        if RANK == 0:
-            token.touch()
-        dist.barrier()
-        shared = from_all(token.exists())
-        if RANK == 0:
-            token.unlink()
-        if not all(shared):
-            raise ValueError(f"--output_dir {self.folder}: not all processes see the same folder; choose one on a disk "
-                             "that all machines share")
+        if WORLD > 1:
+            token = self.folder / from_all(f"{time.time_ns()}.tmp")[0]
+            if RANK == 0:
+                token.touch()
+            dist.barrier()
+            shared = from_all(token.exists())
+            if RANK == 0:
+                token.unlink()
+            if not all(shared):
+                raise ValueError(f"--output_dir {self.folder}: not all processes see the same folder; choose one on a "
+                                 "disk that all machines share")
 
     def _resume(self):
         """Restore everything from last.pt, or from --resume, and drop the log lines of steps that will be repeated."""
@@ -618,17 +577,31 @@ class Run:
             log.with_suffix(".tmp").write_text("".join(line for line, step in lines if int(step) <= self.step))
             os.replace(log.with_suffix(".tmp"), log)
 
+    @property
+    def epoch(self) -> float:
+        """The number of finished epochs, with its fraction."""
+        return self.step / self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step of the last epoch is done."""
+        return self.step == self.last_step
+
+    def epoch_ended(self, every: int) -> bool:
+        """Whether the finished step ends an epoch that is a multiple of `every` (0: never)."""
+        return bool(every) and self.step % (every * self.steps_per_epoch) == 0
+
     def steps(self, views: Views):
         """Yield the micro-batches of each step, until the last step, --stop_after or a signal. micro_batches yields
         (images (n, 3, H, W) normalised, labels (n,)) on the device; exhaust it before update()."""
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        batches = iter(make_loader(views, self.args.workers, batch_sampler=batch_keys(
-            len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.end)))
+        batches = load_batches(views, self.args.workers, batch_sampler=batch_keys(
+            len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.end))
         self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=not TERMINAL)
         try:
             while self.step < self.end and not self.stopping:
                 self.started = time.monotonic()
-                yield self._micro_batches(batches, views.images)
+                yield self._micro_batches(batches)
         finally:
             self.bar.close()
             for number, handler in handlers.items():
@@ -643,15 +616,14 @@ class Run:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    def _micro_batches(self, batches, images: Images):
+    def _micro_batches(self, batches):
         """Yield the micro-batches of one step."""
         for micro in range(self.accum_iter):
-            views, labels, unreadable = next(batches)
-            images.note_unreadable(unreadable)
+            images, labels, _ = next(batches)
             torch.manual_seed(hash((self.args.seed, self.step, micro, RANK)))  # order ties, random orders, mixing
             if WORLD > 1:
                 self.forward.require_backward_grad_sync = micro == self.accum_iter - 1  # gradients are summed once
-            yield normalise(views), labels.to(DEVICE, non_blocking=DEVICE.type == "cuda")
+            yield images, labels
 
     def backward(self, loss: torch.Tensor, **measures: torch.Tensor):
         """Add a micro-batch's share of the step's gradient. measures: further scalars to average and log."""
@@ -666,14 +638,13 @@ class Run:
         self.scaler.unscale_(self.optimizer)
         self.measures["grad_norm"] = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.args.clip_grad or math.inf)
-        # One all-reduce and one read from the device per step. All processes must save and stop at the same step.
-        save = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
-        flags = [torch.full_like(self.measures["loss"], float(flag)) for flag in (save, self.signalled)]
-        values = torch.stack([*self.measures.values(), *flags])
+        # One all-reduce and one read from the device per step. All processes must stop at the same step.
+        signalled = torch.full_like(self.measures["loss"], float(self.signalled))
+        values = torch.stack([*self.measures.values(), signalled])
         if WORLD > 1:
             dist.all_reduce(values)
             values /= WORLD
-        *values, save, stop = values.tolist()
+        *values, stop = values.tolist()
         measures, self.measures = dict(zip(self.measures, values)), {}
         # With fp16, an infinite gradient norm is normal: the scaler skips the step and lowers its scale.
         if not math.isfinite(measures["loss"] + (0 if self.scaler.is_enabled() else measures["grad_norm"])):
@@ -688,7 +659,9 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         self.stopping = stop > 0
-        self.save_due = save > 0 or self.stopping or self.step == self.end
+        self.evaluation_due = self.finished or (self.epoch_ended(self.args.eval_every) and not self.stopping)
+        waited = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
+        self.save_due = waited or self.evaluation_due or self.stopping or self.step == self.end
         return dict(lr=lr) | measures
 
     def log_step(self, measures: dict[str, float]):
@@ -720,19 +693,20 @@ class Run:
 
     def save(self, name: str = "last.pt", **more):
         """Write a checkpoint: last.pt has everything to resume from; other files have the model and `more`. A failed
-        write is reported, and raises OSError only if no later save can follow. All processes call this together."""
-        checkpoint = dict(model=self.model.state_dict(), config=self.config, epoch=self.epoch, step=self.step)
+        write is reported, and raises OSError only if no later save can follow."""
+        if RANK:
+            return
+        checkpoint = dict(model=self.model.state_dict(), config=self.config, epoch=self.epoch, step=self.step) | more
         if name == "last.pt":
             self.saved = time.monotonic()
             checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                                ema=self.ema.state_dict() if self.ema else {}, seconds=self.seconds, best=self.best)
-        if RANK == 0:
-            try:
-                save_checkpoint(self.folder / name, checkpoint | more)
-            except OSError as e:
-                if name == "last.pt" and (self.stopping or self.step == self.end):
-                    raise
-                say(f"{e}; training continues")
+        try:
+            save_checkpoint(self.folder / name, checkpoint)
+        except OSError as e:
+            if name == "last.pt" and (self.stopping or self.step == self.end):
+                raise
+            say(f"{e}; training continues")
 
 
 # ---------------------------------------------------------------- evaluation ----
@@ -741,20 +715,25 @@ class Run:
 def eval_batches(images: Images, args, indices=None):
     """Yield (normalised views (n, 3, size, size), labels (n,)) of this process's share of images[indices] (default:
     all) in the evaluation view. The label is -1 for unreadable and unlabelled images."""
-    indices = range(len(images)) if indices is None else indices.tolist()
+    indices = torch.arange(len(images)) if indices is None else indices
     if len(indices) < WORLD:
         raise ValueError(f"--data {args.data}: {len(indices)} images are fewer than {WORLD} processes")
-    views = Views(images, functools.partial(eval_view, size=args.img_size))
-    loader = make_loader(views, args.workers, batch_size=args.batch_size,
-                         sampler=[(0, i) for i in indices[RANK::WORLD]])
-    for batch, labels, unreadable in tqdm(loader, desc="evaluating", leave=False, disable=not TERMINAL):
-        images.note_unreadable(unreadable)
-        yield normalise(batch), torch.where(unreadable < 0, labels, -1).to(DEVICE)
+    keys = [(0, index) for index in indices.tensor_split(WORLD)[RANK].tolist()]
+    batches = load_batches(Views(images, functools.partial(eval_view, size=args.img_size)), args.workers,
+                           sampler=keys, batch_size=args.batch_size)
+    for batch, labels, unreadable in tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / args.batch_size),
+                                          leave=False, disable=not TERMINAL):
+        yield batch, torch.where(unreadable.to(DEVICE) < 0, labels, -1)
 
 
-def collect(values: list, labels: list, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the batches of all processes: `total` rows in the order of the images. Rows with label -1 are dropped."""
-    values, labels = gather(torch.cat(values), total), gather(torch.cat(labels), total)
+def gather(batches: list[torch.Tensor]) -> torch.Tensor:
+    """Join the batches (n, ...) of all processes: (total, ...), in the order of the images."""
+    return torch.cat(from_all(torch.cat(batches).cpu())).to(DEVICE)
+
+
+def collect(values: list, labels: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the batches of values (n, ...) and labels (n,) of all processes, without those of label -1."""
+    values, labels = gather(values), gather(labels)
     return values[labels >= 0], labels[labels >= 0]
 
 
@@ -767,7 +746,7 @@ def features(model, images: Images, args, pools, indices=None) -> tuple[torch.Te
             tokens = model.tokens(batch)
         values.append(torch.stack([pool_tokens(tokens, pool) for pool in pools], dim=1))
         labels.append(label)
-    return collect(values, labels, len(images if indices is None else indices))
+    return collect(values, labels)
 
 
 def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 256):
@@ -797,16 +776,6 @@ def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, fl
     return {f"knn_{pool}": round(100 * hits.float().mean().item(), 2) for pool, hits in zip(pools, right)}
 
 
-def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torch.Tensor]:
-    """Compute what SemAIM.forward needs from a teacher: its tokens and, for the anchor "attention", its map."""
-    if teacher is None:
-        return {}
-    inputs = dict(teacher_tokens=teacher(images))
-    if anchor == "attention":
-        inputs["similarity"] = teacher.similarity(images, anchor)
-    return inputs
-
-
 @torch.no_grad()
 def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, float]:
     """Measure on at most 2,000 images whether the order follows the content.
@@ -814,12 +783,11 @@ def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, fl
     position_share: after subtracting each map's mean, the share of the maps' variance that the average map explains; 1
     means that all images have the same map. mirrored: the share of images whose most similar patch moves to the
     mirrored place when the image is flipped."""
-    indices = evenly(images, 2000)
     pairs = []
-    for batch, _ in eval_batches(images, args, indices):
+    for batch, _ in eval_batches(images, args, evenly(images, 2000)):
         with autocast(args.precision):
             pairs.append(torch.stack([encoder.similarity(x, anchor) for x in (batch, batch.flip(-1))], dim=1))
-    maps, flipped = gather(torch.cat(pairs), len(indices)).float().unbind(1)
+    maps, flipped = gather(pairs).float().unbind(1)
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
     grid = math.isqrt(maps.shape[1])
@@ -844,14 +812,11 @@ def evaluate(run: Run, teacher, train_images: Images, val: Images | None):
 # ---------------------------------------------------------------- pictures ----
 
 
-def heat(maps: torch.Tensor) -> torch.Tensor:
-    """Turn maps (N, L), each stretched to its own range, into colours from violet to yellow: (N, 3, grid, grid)."""
-    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
-    x = rearrange((maps - low) / (high - low).clamp(min=1e-9) * 4, "n (h w) -> n h w", h=math.isqrt(maps.shape[1]))
-    colours = torch.tensor([[0.03, 0.0, 0.12], [0.34, 0.06, 0.43], [0.73, 0.21, 0.33], [0.98, 0.55, 0.04],
-                            [0.99, 1.0, 0.64]])
-    left = x.long().clamp(0, 3)
-    return rearrange(torch.lerp(colours[left], colours[left + 1], (x - left)[..., None]), "n h w c -> n c h w")
+def heat(values: torch.Tensor) -> Image.Image:
+    """Draw one map (L,), stretched to its own range, in colours from violet to yellow."""
+    low, high = values.min(), values.max()
+    grey = rearrange((values - low) / (high - low).clamp(min=1e-9), "(h w) -> 1 h w", h=math.isqrt(len(values)))
+    return ImageOps.colorize(v2.functional.to_pil_image(grey), "#12052b", "#fbf69b", "#c7395a")
 
 
 def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
@@ -862,16 +827,17 @@ def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
     pen = ImageDraw.Draw(canvas)
     for r, (name, row) in enumerate(rows.items()):
         pen.text((10, 6 + r * pitch + cell // 2), name, "black", font, "lm")
-        rank = row.argsort(1).tolist() if row.dtype == torch.long else None
-        row = (row if rank is None else -row.argsort(1)).float().cpu()
-        for c, picture in enumerate(heat(row) if row.ndim == 2 else row.clamp(0, 1)):
-            left, top, patch = label + c * pitch, 6 + r * pitch, cell / picture.shape[-1]
-            tile = v2.functional.to_pil_image(picture).resize((cell, cell), Image.Resampling.NEAREST)
-            canvas.paste(tile, (left, top))
-            for i, step in enumerate(rank[c] if rank and patch >= 14 else ()):
-                y, x = divmod(i, picture.shape[-1])
+        for c, picture in enumerate(row.cpu()):
+            left, top = label + c * pitch, 6 + r * pitch
+            rank = picture.argsort() if picture.dtype == torch.long else None
+            tile = (v2.functional.to_pil_image(picture.clamp(0, 1)) if picture.ndim == 3 else
+                    heat(picture.float() if rank is None else -rank.float()))
+            patch = cell / tile.width
+            canvas.paste(tile.resize((cell, cell), Image.Resampling.NEAREST), (left, top))
+            for i, step in enumerate(rank.tolist() if rank is not None and patch >= 14 else ()):
+                y, x = divmod(i, tile.width)
                 pen.text((left + (x + 0.5) * patch, top + (y + 0.5) * patch), str(step + 1),
-                         "black" if step < len(rank[c]) / 2 else "white", ImageFont.load_default(patch / 2.2), "mm")
+                         "black" if step < len(rank) / 2 else "white", ImageFont.load_default(patch / 2.2), "mm")
     canvas.save(path)
 
 
@@ -950,6 +916,16 @@ def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
     return model, teacher
 
 
+def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torch.Tensor]:
+    """Compute what SemAIM.forward needs from a teacher: its tokens and, for the anchor "attention", its map."""
+    if teacher is None:
+        return {}
+    inputs = dict(teacher_tokens=teacher(images))
+    if anchor == "attention":
+        inputs["similarity"] = teacher.similarity(images, anchor)
+    return inputs
+
+
 def feature_spread(tokens: torch.Tensor) -> torch.Tensor:
     """Measure how much a teacher's features (N, 1+L, C) differ between images: 1 - |mean of the N unit vectors|^2,
     averaged over the patches. 0 means that all images have the same features: the teacher has collapsed."""
@@ -995,39 +971,39 @@ def train(args):
         run.log_step(measures)
 
         # Save before evaluating, which may take longer than a scheduler waits after SIGTERM.
-        evaluation_due = run.epoch_ended(args.eval_every) and not run.stopping and not run.finished
         if run.epoch_ended(args.keep_every):
             run.save(f"epoch-{run.epoch:.0f}.pt")
-        if run.save_due or evaluation_due:
+        if run.save_due:
             run.save()
             save_samples(run, model, teacher, val or data)
-        if evaluation_due:
+        if run.evaluation_due:
             evaluate(run, teacher, data, val)
 
     if run.finished:
-        evaluate(run, teacher, data, val)
-        data.report_unreadable()
+        skipped = set().union(*from_all(data.unreadable))
+        if skipped:
+            say(f"{len(skipped)} of {len(data)} files were skipped, not readable as images")
         say(f"done: {run.last_step} steps in {run.seconds / 60:.1f} min; see {run.folder / 'samples.png'}")
 
 
 # ---------------------------------------------------------------- command line ----
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show defaults in --help, except those that are derived later and those of switches."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
-    """A parser that raises ValueError for wrong flags."""
+    """A parser that raises ValueError for wrong flags, and whose --help shows the defaults."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise ValueError(message)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the defaults of all flags but switches and those without one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def at_least(minimum: int, kind: type):
@@ -1042,22 +1018,32 @@ def at_least(minimum: int, kind: type):
 positive, not_negative, decimal = at_least(1, int), at_least(0, int), at_least(0, float)
 
 
+DATA_HELP = f"{', '.join(DATASETS)}, or a folder of images"
+
+
+def machine_defaults(arch: str, data: str) -> dict:
+    """Return the defaults of the flags that depend on the machine."""
+    cuda = DEVICE.type == "cuda"
+    half = "fp16" if cuda and torch.cuda.get_device_capability() < (8, 0) else "bf16"
+    full = DEVICE.type == "mps" or (DEVICE.type == "cpu" and arch == "vit_nano")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Images in memory are not worth a loader process, unless a GPU waits for them.
+    workers = 0 if data in DATASETS and not cuda else max(1, min(16, cores // LOCAL_WORLD))
+    return dict(precision="fp32" if full else half, compile=cuda, workers=workers)
+
+
 def add_shared_flags(parser: Parser, recipe: dict):
     """Add the flags that train.py and eval.py share, with the recipe's values as defaults."""
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", help=f"{', '.join(DATASETS)}, or a folder of images")
     add("--data_root", default="data", metavar="DIR", help="where torchvision's data sets are, or are downloaded to")
     add("--img_size", type=positive, default=recipe["img_size"], help="pixels")
-    add("--workers", type=not_negative, help="loader processes (default: one per usable core, at most 16 per process; 0 for "
-        "images in memory on a CPU)")
+    add("--workers", type=not_negative, default=recipe["workers"], help="loader processes")
     add = parser.add_argument_group("machine").add_argument
     add("--output_dir", help="default: a folder named after the run")
-    add("--precision", choices=("bf16", "fp16", "fp32"),
-        help="default: bf16 (fp16 on GPUs without it), but fp32 on MPS and for vit_nano on a CPU")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
-    add("--batch_size", type=positive,
-        help="largest micro-batch of a process; if it exceeds the process's share of the total batch, the total grows "
-             f"(default: {recipe['batch_size']})")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"], help="of the forward pass")
+    add("--compile", action=argparse.BooleanOptionalAction, default=recipe["compile"], help="use torch.compile")
+    add("--batch_size", type=positive, help="largest micro-batch of a process; if it exceeds the process's share of "
+        f"the total batch, the total grows (default: {recipe['batch_size']})")
     add("--seed", type=int, default=0, help="of weights, data order, views and patch orders")
 
 
@@ -1082,8 +1068,8 @@ def add_training_flags(parser: Parser, recipe: dict):
     return add
 
 
-def settle(args, recipe: dict, processes: int = WORLD):
-    """Derive what follows from flags, environment and hardware: batch sizes, precision, compilation, workers."""
+def settle_batch(args, recipe: dict, processes: int = WORLD):
+    """Set batch_size, accum_iter and total_batch from the flags and the recipe."""
     largest = args.batch_size or recipe["batch_size"]
     if getattr(args, "accum_iter", None):
         total = largest * args.accum_iter * processes
@@ -1091,26 +1077,17 @@ def settle(args, recipe: dict, processes: int = WORLD):
         total = max(recipe["total_batch"], (args.batch_size or 0) * processes)
     args.batch_size, args.accum_iter = split_batch(total, largest, processes)
     args.total_batch = args.batch_size * args.accum_iter * processes
-    cuda = DEVICE.type == "cuda"
-    if args.precision is None:
-        half = "bf16" if not cuda or torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-        args.precision = "fp32" if DEVICE.type == "mps" or (DEVICE.type == "cpu" and args.arch == "vit_nano") else half
-    if args.compile is None:
-        args.compile = cuda
-    if args.workers is None:  # images in memory are not worth a process, unless a GPU waits for them
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        args.workers = 0 if args.data in DATASETS and not cuda else max(1, min(16, cores // LOCAL_WORLD))
 
 
 def parse_args(argv=None):
     """Read the command line. --arch decides the recipe, which gives the defaults."""
     first = Parser(add_help=False)
-    first.add_argument("--arch", default="vit_nano")
-    arch = first.parse_known_args(argv)[0].arch
-    recipe = ARCHS.get(arch, ARCHS["vit_base"]) | RECIPES.get(arch, PAPER)
-    parser = Parser(description="Pre-train SemAIM.")
+    first.add_argument("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults shown here")
+    first.add_argument("--data", default="shapes", help=DATA_HELP)
+    known = first.parse_known_args(argv)[0]
+    recipe = ARCHS[known.arch] | RECIPES.get(known.arch, PAPER) | machine_defaults(known.arch, known.data)
+    parser = Parser(description="Pre-train SemAIM.", parents=[first])
     add = parser.add_argument_group("model").add_argument
-    add("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults shown here")
     add("--patch_size", type=positive, default=recipe["patch_size"], help="pixels")
     add("--query_depth", type=positive, default=recipe["query_depth"], help="blocks of the query stream")
     add("--target", default="pixel", choices=TARGETS, help="what is predicted for each patch")
@@ -1128,13 +1105,14 @@ def parse_args(argv=None):
     add = add_training_flags(parser, recipe)
     add("--keep_every", type=not_negative, default=recipe["keep_every"], metavar="EPOCHS",
         help="keep the weights this often, as epoch-N.pt; 0: never")
-    add("--knn_images", type=not_negative, default=60_000, help="at most this many of train and of val; 0: no evaluation")
+    add("--knn_images", type=not_negative, default=60_000,
+        help="evaluate on at most this many images of train and of val; 0: no evaluation")
     args = parser.parse_args(argv)
     if (args.target in ("dino", "clip")) != (args.teacher is not None):
         raise ValueError(f"--target {args.target} " + ("takes no --teacher" if args.teacher else
                          "needs --teacher FILE, the weights of the teacher"))
     args.output_dir = args.output_dir or f"output/{args.arch}-{Path(args.data).resolve().name}-{args.target}"
-    settle(args, recipe)
+    settle_batch(args, recipe)
     return args
 
 
