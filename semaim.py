@@ -233,7 +233,7 @@ class ViT(nn.Module):
             return self.head(features)
 
 
-# ---------------------------------------------------------------- similarity (paper: Semantic-aware permutation) ----
+# -------------------------------------------------------- similarity, orders (paper: Semantic-aware permutation) ----
 
 
 def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
@@ -246,9 +246,6 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
     patches = tokens[:, 1:]
     centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
     return F.cosine_similarity(centre, patches, dim=-1)
-
-
-# ---------------------------------------------------------------- orders (paper: Semantic-aware permutation) ----
 
 
 def content_free(function: Callable) -> Callable:
@@ -325,7 +322,7 @@ def patch_order(kind, similarity: Tensor) -> Tensor:
     return order
 
 
-# ---------------------------------------------------------------- masks (paper: Autoregressive modeling) ----
+# -------------------------------------------------------- masks, second stream (paper: Autoregressive modeling) ----
 
 
 def autoregressive_masks(order: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,9 +340,6 @@ def autoregressive_masks(order: Tensor) -> tuple[Tensor, Tensor]:
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Gather x[n, index[n, t]]: x (N, L, D), index (N, T) -> (N, T, D)."""
     return torch.take_along_dim(x, index[..., None], dim=1)
-
-
-# ---------------------------------------------------------------- second stream (paper: Autoregressive modeling) ----
 
 
 class CrossAttention(nn.Module):
@@ -468,14 +462,15 @@ class SemAIM(ViT):
         to the last patch, so it is left out; both streams then have length L."""
         content = self.with_cls(take(self.embed(images), order[:, :-1]))
         query = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), order)
-        query = self._streams(content, query, "causal", "causal")
-        return self._predict(take(query, order.argsort(dim=1)))
+        query = take(self._streams(content, query, "causal", "causal"), order.argsort(dim=1))
+        return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
 
     def predict_masked(self, images: Tensor, order: Tensor) -> Tensor:
         """Compute the same as predict with the paper's two masks instead of sorting. Slower; used to verify predict."""
         content = self.with_cls(self.embed(images))
         query = self.pos_embed[:, 1:].expand(len(images), -1, -1)
-        return self._predict(self._streams(content, query, *autoregressive_masks(order)))
+        query = self._streams(content, query, *autoregressive_masks(order))
+        return self.prediction_head(self.norm(query))
 
     def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
         """Run both streams, with masks as in attend: content (N, K, D), query (N, L, D) -> last query (N, L, D)."""
@@ -486,22 +481,6 @@ class SemAIM(ViT):
                 query = self._run(self.query_blocks[i // every], query, content, query_mask)
         return query
 
-    def _predict(self, query: Tensor) -> Tensor:
-        return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
-
-    def _choose_order(self, images: Tensor, teacher_tokens: Optional[Tensor], similarity: Optional[Tensor]):
-        """Return the order (N, L) and the similarity (N, L) that decided it, None if the order needs none."""
-        if not self.needs_similarity:
-            return patch_order(self.order, images.new_zeros(len(images), self.pos_embed.shape[1] - 1)), None
-        if similarity is None and teacher_tokens is None:
-            similarity = self.similarity(images)
-        elif similarity is None:
-            if self.anchor == "attention":
-                raise ValueError("anchor 'attention' cannot be computed from teacher_tokens: pass similarity=(N, L), "
-                                 "for example teacher.similarity(images, 'attention')")
-            similarity = similarity_map(teacher_tokens, self.anchor)
-        return patch_order(self.order, similarity), similarity
-
     def forward(self, images: Tensor, order: Optional[Tensor] = None, target: Optional[Tensor] = None,
                 teacher_tokens: Optional[Tensor] = None, similarity: Optional[Tensor] = None,
                 masked: bool = False) -> Output:
@@ -510,19 +489,26 @@ class SemAIM(ViT):
         order (N, L): if None, computed from similarity (N, L), else from teacher_tokens (N, 1+L, C), else from the
         model's own unmasked pass. target (N, L, C): if None, the pixel target or the teacher's patch tokens.
         masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
-        if order is None:
-            order, similarity = self._choose_order(images, teacher_tokens, similarity)
-        else:
+        shape = len(images), self.pos_embed.shape[1] - 1  # (N, L)
+        if order is not None or not self.needs_similarity:
             similarity = None
-        if order.shape != (len(images), self.pos_embed.shape[1] - 1):
-            raise ValueError(f"the order of the patches is {tuple(order.shape)}, but the images have "
-                             f"{(len(images), self.pos_embed.shape[1] - 1)} patches")
+        elif similarity is None and teacher_tokens is None:
+            similarity = self.similarity(images)
+        elif similarity is None:
+            if self.anchor == "attention":
+                raise ValueError("anchor 'attention' cannot be computed from teacher_tokens: pass similarity=(N, L), "
+                                 "for example teacher.similarity(images, 'attention')")
+            similarity = similarity_map(teacher_tokens, self.anchor)
+        if order is None:
+            order = patch_order(self.order, images.new_zeros(shape) if similarity is None else similarity)
+        if order.shape != shape:
+            raise ValueError(f"the order of the patches is {tuple(order.shape)}, but the images have {shape} patches")
         if target is None and self.target == "pixel":
             target = pixel_target(images, self.patch_size, self.blur, self.norm_pix)
-        elif target is None:
-            if teacher_tokens is None:
-                raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens or target")
+        elif target is None and teacher_tokens is not None:
             target = teacher_tokens[:, 1:]
+        elif target is None:
+            raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens or target")
         prediction = (self.predict_masked if masked else self.predict)(images, order)
         if target.shape != prediction.shape:
             raise ValueError(f"the target is {tuple(target.shape)}, but the prediction is {tuple(prediction.shape)}")
