@@ -596,7 +596,7 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
         weight.lerp_(weights[name], 1 - decay)
 
 
-# ---------------------------------------------------------------- reading files of weights ----
+# ---------------------------------------------------------------- reading weights ----
 
 
 class _Refused(ValueError):
@@ -647,10 +647,7 @@ def _read_file(path):
         return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
 
 
-# ---------------------------------------------------------------- weights in and out ----
-
-ENCODER = re.compile(r"(cls_token|pos_embed|register_tokens|proj\.weight|(norm|norm_pre|patch_embed\.proj|"
-                     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.(weight|bias))")
+ENCODER = ("cls_token", "pos_embed", "register_tokens", "patch_embed.", "norm_pre.", "blocks.", "norm.", "proj.")
 HEADS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
 LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # the encoder's tokens do not depend on these
 CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
@@ -670,8 +667,8 @@ class Weights(dict):
 
 def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], str]:
     """Find the image encoder in the content of a file -> (its weights in fp32, name of the part). size: of the file."""
-    keys = [key] if key else ["teacher", "student", "model", "state_dict"]
     file = file if isinstance(file, dict) else {}
+    keys = [key] if key else ["teacher", "student", "model", "state_dict"]
     part = next((k for k in keys if isinstance(file.get(k), dict)), "")
     if key and not part:
         raise _Refused(f"has no part {key!r}")
@@ -679,6 +676,11 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
                for name, w in (file[part] if part else file).items() if torch.is_tensor(w) and w.is_floating_point()}
     if any(name.startswith("visual.") for name in weights):  # CLIP with its text tower
         weights = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
+    for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
+        if any(mark in name for name in weights):
+            raise _Refused(f"has {feature}, which are not supported")
+    if "cls_token" not in weights and "class_embedding" not in weights:
+        raise _Refused(f"holds no ViT with CLS: its first weights are {', '.join([*weights][:3]) or 'missing'}")
     if sum(w.nbytes for w in weights.values()) > size:
         raise _Refused("is corrupt: its tensors are larger than the file")
     # Copies, because a tensor that is mapped to the file would change or crash when the file is overwritten.
@@ -718,22 +720,26 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _check_vit(weights: dict[str, Tensor], left_out: list[str]):
-    """Raise _Refused if a ViT of this file would not compute exactly what the weights were trained for."""
-    for name, w in weights.items():
-        if not w.isfinite().all():
-            raise _Refused(f"is corrupt: {name} has values that are not finite")
-    strange = next((name for name in left_out if not LEFT_OUT.match(name)), None)
-    if strange:  # to ignore it could change what the encoder computes
-        raise _Refused(f"is another kind of ViT: it has {strange}")
+def _select(weights: dict[str, Tensor]) -> tuple[Weights, list[str]]:
+    """Select the weights of the encoder and of known heads -> (them, names of the rest).
+
+    Raises _Refused if a ViT of this file would not compute exactly what the weights were trained for."""
     with torch.device("meta"):  # only names and shapes
         expected = vit_like(weights, heads=1).state_dict()
     missing = [name for name in expected if name not in weights and not name.startswith("norm.")]
     if missing:
         raise _Refused(f"lacks {len(missing)} weights: {', '.join(missing[:3])}")
-    for name, w in weights.items():
-        if ENCODER.fullmatch(name) and (name not in expected or w.shape != expected[name].shape):
+    taken = Weights({name: w for name, w in weights.items() if name in expected or HEADS.match(name)})
+    left_out = sorted(weights.keys() - taken.keys())
+    for name in left_out:
+        if not LEFT_OUT.match(name):  # to ignore it could change what the encoder computes
+            raise _Refused(f"is another kind of ViT: it has {name}")
+    for name, w in taken.items():
+        if name in expected and w.shape != expected[name].shape:
             raise _Refused(f"is another kind of ViT: its {name} is {tuple(w.shape)}")
+        if not w.isfinite().all():
+            raise _Refused(f"is corrupt: {name} has values that are not finite")
+    return taken, left_out
 
 
 def load_weights(path, key: Optional[str] = None) -> Weights:
@@ -746,15 +752,7 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
     try:
         file = _read_file(path)
         found, part = _find_vit(file, key, os.path.getsize(path))
-        for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
-            if any(mark in name for name in found):
-                raise _Refused(f"has {feature}, which are not supported")
-        if not {"cls_token", "class_embedding"} & set(found):
-            raise _Refused(f"holds no ViT with CLS: its first weights are {', '.join([*found][:3]) or 'missing'}")
-        weights = _to_our_names(found)
-        taken = {name: w for name, w in weights.items() if ENCODER.fullmatch(name) or HEADS.match(name)}
-        left_out = sorted(set(weights) - set(taken))
-        _check_vit(taken, left_out)
+        weights, left_out = _select(_to_our_names(found))
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror or e}") from None
     except _Refused as e:
@@ -764,17 +762,16 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
         raise ValueError(f"{path} is refused: it asks to load {unsafe[1]}, which could run code" if unsafe else
                          f"{path} is corrupt, or not a file of ViT weights") from None
     names = f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else ""
-    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if "proj.weight" in taken else ""
-    result = Weights(taken)
-    result.summary = (f"{path}: {len(taken)} tensors were taken{part and f' from its part {part!r}'} and "
-                      f"{len(left_out)} left out{names}{activation}.")
-    result.config = file.get("config", {})
-    return result
+    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if "proj.weight" in weights else ""
+    weights.summary = (f"{path}: {len(weights)} tensors were taken{part and f' from its part {part!r}'} and "
+                       f"{len(left_out)} left out{names}{activation}.")
+    weights.config = file.get("config", {})
+    return weights
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Select the encoder from the state dict of a SemAIM or ViT, with timm's names for VisionTransformer."""
-    return {name: w for name, w in weights.items() if ENCODER.fullmatch(name)}
+    return {name: w for name, w in weights.items() if name.startswith(ENCODER)}
 
 
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
