@@ -59,10 +59,8 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
 
 
 def sincos_pos_embed(dim: int, grid: int) -> Tensor:
-    """Compute fixed 2-D sin-cos position embeddings (1, 1 + grid*grid, dim).
-
-    CLS gets zeros. Half of a patch's channels encode its column and half its row, each as [sin, cos] of the position
-    times 10000^(-k / (dim/4))."""
+    """Compute fixed 2-D sin-cos position embeddings (1, 1 + grid*grid, dim): zeros for CLS; the first half
+    of a patch's channels encodes its column, the second half its row."""
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim/2), the same for rows and columns
@@ -71,25 +69,13 @@ def sincos_pos_embed(dim: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), patches.float()])[None]
 
 
-class PatchEmbed(nn.Module):
-    """Embed each patch with the same linear map, stored as a convolution: images (N, 3, H, W) -> tokens (N, L, D)."""
-
-    def __init__(self, patch_size: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return rearrange(self.proj(images), "n d h w -> n (h w) d")
-
-
 # ---------------------------------------------------------------- ViT (Dosovitskiy et al. 2021; pre-norm) ----
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Compute multi-head attention: q (N, h, Q, d), k and v (N, h, K, d) -> (N, Q, h*d).
 
-    mask: None (every query attends to every key), "causal" (query t attends to keys 0..t, without a mask tensor), or
-    bool (N, Q, K), True = may attend."""
+    mask: None, "causal" (query t attends to keys 0..t, without a mask tensor), or bool (N, Q, K), True = may attend."""
     causal = isinstance(mask, str)
     bias = None if causal or mask is None else mask[:, None]
     return rearrange(F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal), "n h t d -> n t (h d)")
@@ -168,7 +154,8 @@ class ViT(nn.Module):
         _check("pool", pool, ("cls", "mean"))
         self.img_size, self.patch_size, self.pool, self.registers = img_size, patch_size, pool, registers
         self.grad_checkpointing = False  # True: keep only the input of each block and recompute the rest for gradients
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        # One linear map for every patch, stored as a convolution under timm's name, patch_embed.proj.
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size))
         self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 0.02) if registers else None
@@ -189,7 +176,7 @@ class ViT(nn.Module):
         """Embed the patches and add their positions: images (N, 3, H, W) -> (N, L, D), without CLS."""
         if images.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"images have {tuple(images.shape[-2:])} pixels, the model's img_size is {self.img_size}")
-        return self.patch_embed(images) + self.pos_embed[:, 1:]
+        return rearrange(self.patch_embed.proj(images), "n d h w -> n (h w) d") + self.pos_embed[:, 1:]
 
     def with_cls(self, patches: Tensor) -> Tensor:
         """Put CLS, with its position, and the register tokens in front: (N, T, D) -> (N, 1 + registers + T, D)."""
@@ -239,8 +226,7 @@ class ViT(nn.Module):
 def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
     """Compute the cosine similarity of each patch token with the whole image: tokens (N, 1+L, D) -> (N, L), fp32.
 
-    anchor: "cls" compares with the CLS token, "gap" with the mean of the patch tokens. The third anchor, "attention",
-    needs attention weights instead of tokens; see ViT.attention_map."""
+    anchor: "cls" compares with CLS, "gap" with the mean of the patch tokens. For "attention" see ViT.attention_map."""
     _check("anchor", anchor, ("cls", "gap"))
     tokens = tokens.float()  # bf16 cosines would have ties, and argmax takes the first patch
     patches = tokens[:, 1:]
@@ -290,8 +276,7 @@ def stochastic_order(similarity: Tensor) -> Tensor:
 @content_free
 def raster_order(similarity: Tensor) -> Tensor:
     """Order patches row by row (iGPT)."""
-    n, length = similarity.shape
-    return torch.arange(length, device=similarity.device).repeat(n, 1)
+    return torch.arange(similarity.shape[1], device=similarity.device).repeat(len(similarity), 1)
 
 
 @content_free
@@ -674,8 +659,8 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
         raise _Refused(f"has no part {key!r}")
     weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): w
                for name, w in (file[part] if part else file).items() if torch.is_tensor(w) and w.is_floating_point()}
-    if any(name.startswith("visual.") for name in weights):  # CLIP with its text tower
-        weights = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
+    image_tower = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
+    weights = image_tower or weights  # CLIP may come with its text tower
     for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
         if any(mark in name for name in weights):
             raise _Refused(f"has {feature}, which are not supported")
@@ -721,9 +706,8 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _select(weights: dict[str, Tensor]) -> tuple[Weights, list[str]]:
-    """Select the weights of the encoder and of known heads -> (them, names of the rest).
-
-    Raises _Refused if a ViT of this file would not compute exactly what the weights were trained for."""
+    """Select the weights of the encoder and of known heads -> (them, names of the rest). Raises _Refused if a ViT of
+    this file would not compute exactly what the weights were trained for."""
     with torch.device("meta"):  # only names and shapes
         expected = vit_like(weights, heads=1).state_dict()
     missing = [name for name in expected if name not in weights and not name.startswith("norm.")]
@@ -746,9 +730,8 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
     """Load a file of ViT weights -> Weights. Raises ValueError, one line, for a file that cannot be loaded exactly.
 
     Known files: checkpoints of this project and of the authors' release, MAE, DINO, DINOv2, timm (with its DINOv2 and
-    CLIP), OpenAI's CLIP (as a state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file
-    is run. key: the part to take from a file with several, such as "student" in DINO's full checkpoint.
-    LayerScale is folded into the linear layer before it, CLIP's image statistics into the patch embedding."""
+    CLIP), OpenAI's CLIP (as a state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file is run.
+    key: the part to take from a file with several, such as "student" in DINO's full checkpoint."""
     try:
         file = _read_file(path)
         found, part = _find_vit(file, key, os.path.getsize(path))
@@ -795,10 +778,10 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
-    heads = heads or (16 if dim in (1280, 1408) else dim // 64 if dim % 64 == 0 else None)
-    if heads is None:
+    if not heads and dim % 64:
         raise ValueError(f"the weights do not tell how many heads a ViT of width {dim} has; give heads=, or --heads or "
                          "--teacher_heads")
+    heads = heads or (16 if dim in (1280, 1408) else dim // 64)
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
