@@ -447,7 +447,8 @@ class SemAIM(ViT):
         to the last patch, so it is left out; both streams then have length L."""
         content = self.with_cls(take(self.embed(images), order[:, :-1]))
         query = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), order)
-        query = take(self._streams(content, query, "causal", "causal"), order.argsort(dim=1))
+        query = self._streams(content, query, "causal", "causal")
+        query = take(query, order.argsort(dim=1))  # back to raster order
         return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
 
     def predict_masked(self, images: Tensor, order: Tensor) -> Tensor:
