@@ -59,10 +59,8 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
 
 
 def sincos_pos_embed(dim: int, grid: int) -> Tensor:
-    """Compute fixed 2-D sin-cos position embeddings (1, 1 + grid*grid, dim).
-
-    CLS gets zeros. Half of a patch's channels encode its column and half its row, each as [sin, cos] of the position
-    times 10000^(-k / (dim/4))."""
+    """Compute fixed 2-D sin-cos position embeddings (1, 1 + grid*grid, dim): zeros for CLS; the first half
+    of a patch's channels encodes its column, the second half its row."""
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
     line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim/2), the same for rows and columns
@@ -71,25 +69,13 @@ def sincos_pos_embed(dim: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), patches.float()])[None]
 
 
-class PatchEmbed(nn.Module):
-    """Embed each patch with the same linear map, stored as a convolution: images (N, 3, H, W) -> tokens (N, L, D)."""
-
-    def __init__(self, patch_size: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return rearrange(self.proj(images), "n d h w -> n (h w) d")
-
-
 # ---------------------------------------------------------------- ViT (Dosovitskiy et al. 2021; pre-norm) ----
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Compute multi-head attention: q (N, h, Q, d), k and v (N, h, K, d) -> (N, Q, h*d).
 
-    mask: None (every query attends to every key), "causal" (query t attends to keys 0..t, without a mask tensor), or
-    bool (N, Q, K), True = may attend."""
+    mask: None, "causal" (query t attends to keys 0..t, without a mask tensor), or bool (N, Q, K), True = may attend."""
     causal = isinstance(mask, str)
     bias = None if causal or mask is None else mask[:, None]
     return rearrange(F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal), "n h t d -> n t (h d)")
@@ -168,7 +154,8 @@ class ViT(nn.Module):
         _check("pool", pool, ("cls", "mean"))
         self.img_size, self.patch_size, self.pool, self.registers = img_size, patch_size, pool, registers
         self.grad_checkpointing = False  # True: keep only the input of each block and recompute the rest for gradients
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        # One linear map for every patch, stored as a convolution under timm's name, patch_embed.proj.
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size))
         self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 0.02) if registers else None
@@ -189,7 +176,7 @@ class ViT(nn.Module):
         """Embed the patches and add their positions: images (N, 3, H, W) -> (N, L, D), without CLS."""
         if images.shape[-2:] != (self.img_size, self.img_size):
             raise ValueError(f"images have {tuple(images.shape[-2:])} pixels, the model's img_size is {self.img_size}")
-        return self.patch_embed(images) + self.pos_embed[:, 1:]
+        return rearrange(self.patch_embed.proj(images), "n d h w -> n (h w) d") + self.pos_embed[:, 1:]
 
     def with_cls(self, patches: Tensor) -> Tensor:
         """Put CLS, with its position, and the register tokens in front: (N, T, D) -> (N, 1 + registers + T, D)."""
@@ -233,22 +220,18 @@ class ViT(nn.Module):
             return self.head(features)
 
 
-# ---------------------------------------------------------------- similarity (paper: Semantic-aware permutation) ----
+# -------------------------------------------------------- similarity, orders (paper: Semantic-aware permutation) ----
 
 
 def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
     """Compute the cosine similarity of each patch token with the whole image: tokens (N, 1+L, D) -> (N, L), fp32.
 
-    anchor: "cls" compares with the CLS token, "gap" with the mean of the patch tokens. The third anchor, "attention",
-    needs attention weights instead of tokens; see ViT.attention_map."""
+    anchor: "cls" compares with CLS, "gap" with the mean of the patch tokens. For "attention" see ViT.attention_map."""
     _check("anchor", anchor, ("cls", "gap"))
     tokens = tokens.float()  # bf16 cosines would have ties, and argmax takes the first patch
     patches = tokens[:, 1:]
     centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
     return F.cosine_similarity(centre, patches, dim=-1)
-
-
-# ---------------------------------------------------------------- orders (paper: Semantic-aware permutation) ----
 
 
 def content_free(function: Callable) -> Callable:
@@ -293,8 +276,7 @@ def stochastic_order(similarity: Tensor) -> Tensor:
 @content_free
 def raster_order(similarity: Tensor) -> Tensor:
     """Order patches row by row (iGPT)."""
-    n, length = similarity.shape
-    return torch.arange(length, device=similarity.device).repeat(n, 1)
+    return torch.arange(similarity.shape[1], device=similarity.device).repeat(len(similarity), 1)
 
 
 @content_free
@@ -325,7 +307,7 @@ def patch_order(kind, similarity: Tensor) -> Tensor:
     return order
 
 
-# ---------------------------------------------------------------- masks (paper: Autoregressive modeling) ----
+# -------------------------------------------------------- masks, second stream (paper: Autoregressive modeling) ----
 
 
 def autoregressive_masks(order: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,9 +325,6 @@ def autoregressive_masks(order: Tensor) -> tuple[Tensor, Tensor]:
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Gather x[n, index[n, t]]: x (N, L, D), index (N, T) -> (N, T, D)."""
     return torch.take_along_dim(x, index[..., None], dim=1)
-
-
-# ---------------------------------------------------------------- second stream (paper: Autoregressive modeling) ----
 
 
 class CrossAttention(nn.Module):
@@ -469,13 +448,15 @@ class SemAIM(ViT):
         content = self.with_cls(take(self.embed(images), order[:, :-1]))
         query = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), order)
         query = self._streams(content, query, "causal", "causal")
-        return self._predict(take(query, order.argsort(dim=1)))
+        query = take(query, order.argsort(dim=1))  # back to raster order
+        return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
 
     def predict_masked(self, images: Tensor, order: Tensor) -> Tensor:
         """Compute the same as predict with the paper's two masks instead of sorting. Slower; used to verify predict."""
         content = self.with_cls(self.embed(images))
         query = self.pos_embed[:, 1:].expand(len(images), -1, -1)
-        return self._predict(self._streams(content, query, *autoregressive_masks(order)))
+        query = self._streams(content, query, *autoregressive_masks(order))
+        return self.prediction_head(self.norm(query))
 
     def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
         """Run both streams, with masks as in attend: content (N, K, D), query (N, L, D) -> last query (N, L, D)."""
@@ -486,22 +467,6 @@ class SemAIM(ViT):
                 query = self._run(self.query_blocks[i // every], query, content, query_mask)
         return query
 
-    def _predict(self, query: Tensor) -> Tensor:
-        return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
-
-    def _choose_order(self, images: Tensor, teacher_tokens: Optional[Tensor], similarity: Optional[Tensor]):
-        """Return the order (N, L) and the similarity (N, L) that decided it, None if the order needs none."""
-        if not self.needs_similarity:
-            return patch_order(self.order, images.new_zeros(len(images), self.pos_embed.shape[1] - 1)), None
-        if similarity is None and teacher_tokens is None:
-            similarity = self.similarity(images)
-        elif similarity is None:
-            if self.anchor == "attention":
-                raise ValueError("anchor 'attention' cannot be computed from teacher_tokens: pass similarity=(N, L), "
-                                 "for example teacher.similarity(images, 'attention')")
-            similarity = similarity_map(teacher_tokens, self.anchor)
-        return patch_order(self.order, similarity), similarity
-
     def forward(self, images: Tensor, order: Optional[Tensor] = None, target: Optional[Tensor] = None,
                 teacher_tokens: Optional[Tensor] = None, similarity: Optional[Tensor] = None,
                 masked: bool = False) -> Output:
@@ -510,19 +475,26 @@ class SemAIM(ViT):
         order (N, L): if None, computed from similarity (N, L), else from teacher_tokens (N, 1+L, C), else from the
         model's own unmasked pass. target (N, L, C): if None, the pixel target or the teacher's patch tokens.
         masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
-        if order is None:
-            order, similarity = self._choose_order(images, teacher_tokens, similarity)
-        else:
+        shape = len(images), self.pos_embed.shape[1] - 1  # (N, L)
+        if order is not None or not self.needs_similarity:
             similarity = None
-        if order.shape != (len(images), self.pos_embed.shape[1] - 1):
-            raise ValueError(f"the order of the patches is {tuple(order.shape)}, but the images have "
-                             f"{(len(images), self.pos_embed.shape[1] - 1)} patches")
+        elif similarity is None and teacher_tokens is None:
+            similarity = self.similarity(images)
+        elif similarity is None:
+            if self.anchor == "attention":
+                raise ValueError("anchor 'attention' cannot be computed from teacher_tokens: pass similarity=(N, L), "
+                                 "for example teacher.similarity(images, 'attention')")
+            similarity = similarity_map(teacher_tokens, self.anchor)
+        if order is None:
+            order = patch_order(self.order, images.new_zeros(shape) if similarity is None else similarity)
+        if order.shape != shape:
+            raise ValueError(f"the order of the patches is {tuple(order.shape)}, but the images have {shape} patches")
         if target is None and self.target == "pixel":
             target = pixel_target(images, self.patch_size, self.blur, self.norm_pix)
-        elif target is None:
-            if teacher_tokens is None:
-                raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens or target")
+        elif target is None and teacher_tokens is not None:
             target = teacher_tokens[:, 1:]
+        elif target is None:
+            raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens or target")
         prediction = (self.predict_masked if masked else self.predict)(images, order)
         if target.shape != prediction.shape:
             raise ValueError(f"the target is {tuple(target.shape)}, but the prediction is {tuple(prediction.shape)}")
@@ -610,7 +582,7 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
         weight.lerp_(weights[name], 1 - decay)
 
 
-# ---------------------------------------------------------------- reading files of weights ----
+# ---------------------------------------------------------------- reading weights ----
 
 
 class _Refused(ValueError):
@@ -661,10 +633,7 @@ def _read_file(path):
         return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
 
 
-# ---------------------------------------------------------------- weights in and out ----
-
-ENCODER = re.compile(r"(cls_token|pos_embed|register_tokens|proj\.weight|(norm|norm_pre|patch_embed\.proj|"
-                     r"blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2))\.(weight|bias))")
+ENCODER = ("cls_token", "pos_embed", "register_tokens", "patch_embed.", "norm_pre.", "blocks.", "norm.", "proj.")
 HEADS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
 LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # the encoder's tokens do not depend on these
 CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
@@ -684,15 +653,20 @@ class Weights(dict):
 
 def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], str]:
     """Find the image encoder in the content of a file -> (its weights in fp32, name of the part). size: of the file."""
-    keys = [key] if key else ["teacher", "student", "model", "state_dict"]
     file = file if isinstance(file, dict) else {}
+    keys = [key] if key else ["teacher", "student", "model", "state_dict"]
     part = next((k for k in keys if isinstance(file.get(k), dict)), "")
     if key and not part:
         raise _Refused(f"has no part {key!r}")
     weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): w
                for name, w in (file[part] if part else file).items() if torch.is_tensor(w) and w.is_floating_point()}
-    if any(name.startswith("visual.") for name in weights):  # CLIP with its text tower
-        weights = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
+    image_tower = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
+    weights = image_tower or weights  # CLIP may come with its text tower
+    for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
+        if any(mark in name for name in weights):
+            raise _Refused(f"has {feature}, which are not supported")
+    if "cls_token" not in weights and "class_embedding" not in weights:
+        raise _Refused(f"holds no ViT with CLS: its first weights are {', '.join([*weights][:3]) or 'missing'}")
     if sum(w.nbytes for w in weights.values()) > size:
         raise _Refused("is corrupt: its tensors are larger than the file")
     # Copies, because a tensor that is mapped to the file would change or crash when the file is overwritten.
@@ -732,43 +706,37 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _check_vit(weights: dict[str, Tensor], left_out: list[str]):
-    """Raise _Refused if a ViT of this file would not compute exactly what the weights were trained for."""
-    for name, w in weights.items():
-        if not w.isfinite().all():
-            raise _Refused(f"is corrupt: {name} has values that are not finite")
-    strange = next((name for name in left_out if not LEFT_OUT.match(name)), None)
-    if strange:  # to ignore it could change what the encoder computes
-        raise _Refused(f"is another kind of ViT: it has {strange}")
+def _select(weights: dict[str, Tensor]) -> tuple[Weights, list[str]]:
+    """Select the weights of the encoder and of known heads -> (them, names of the rest). Raises _Refused if a ViT of
+    this file would not compute exactly what the weights were trained for."""
     with torch.device("meta"):  # only names and shapes
         expected = vit_like(weights, heads=1).state_dict()
     missing = [name for name in expected if name not in weights and not name.startswith("norm.")]
     if missing:
         raise _Refused(f"lacks {len(missing)} weights: {', '.join(missing[:3])}")
-    for name, w in weights.items():
-        if ENCODER.fullmatch(name) and (name not in expected or w.shape != expected[name].shape):
+    taken = Weights({name: w for name, w in weights.items() if name in expected or HEADS.match(name)})
+    left_out = sorted(weights.keys() - taken.keys())
+    for name in left_out:
+        if not LEFT_OUT.match(name):  # to ignore it could change what the encoder computes
+            raise _Refused(f"is another kind of ViT: it has {name}")
+    for name, w in taken.items():
+        if name in expected and w.shape != expected[name].shape:
             raise _Refused(f"is another kind of ViT: its {name} is {tuple(w.shape)}")
+        if not w.isfinite().all():
+            raise _Refused(f"is corrupt: {name} has values that are not finite")
+    return taken, left_out
 
 
 def load_weights(path, key: Optional[str] = None) -> Weights:
     """Load a file of ViT weights -> Weights. Raises ValueError, one line, for a file that cannot be loaded exactly.
 
     Known files: checkpoints of this project and of the authors' release, MAE, DINO, DINOv2, timm (with its DINOv2 and
-    CLIP), OpenAI's CLIP (as a state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file
-    is run. key: the part to take from a file with several, such as "student" in DINO's full checkpoint.
-    LayerScale is folded into the linear layer before it, CLIP's image statistics into the patch embedding."""
+    CLIP), OpenAI's CLIP (as a state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file is run.
+    key: the part to take from a file with several, such as "student" in DINO's full checkpoint."""
     try:
         file = _read_file(path)
         found, part = _find_vit(file, key, os.path.getsize(path))
-        for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
-            if any(mark in name for name in found):
-                raise _Refused(f"has {feature}, which are not supported")
-        if not {"cls_token", "class_embedding"} & set(found):
-            raise _Refused(f"holds no ViT with CLS: its first weights are {', '.join([*found][:3]) or 'missing'}")
-        weights = _to_our_names(found)
-        taken = {name: w for name, w in weights.items() if ENCODER.fullmatch(name) or HEADS.match(name)}
-        left_out = sorted(set(weights) - set(taken))
-        _check_vit(taken, left_out)
+        weights, left_out = _select(_to_our_names(found))
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror or e}") from None
     except _Refused as e:
@@ -778,17 +746,16 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
         raise ValueError(f"{path} is refused: it asks to load {unsafe[1]}, which could run code" if unsafe else
                          f"{path} is corrupt, or not a file of ViT weights") from None
     names = f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else ""
-    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if "proj.weight" in taken else ""
-    result = Weights(taken)
-    result.summary = (f"{path}: {len(taken)} tensors were taken{part and f' from its part {part!r}'} and "
-                      f"{len(left_out)} left out{names}{activation}.")
-    result.config = file.get("config", {})
-    return result
+    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if "proj.weight" in weights else ""
+    weights.summary = (f"{path}: {len(weights)} tensors were taken{part and f' from its part {part!r}'} and "
+                       f"{len(left_out)} left out{names}{activation}.")
+    weights.config = file.get("config", {})
+    return weights
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Select the encoder from the state dict of a SemAIM or ViT, with timm's names for VisionTransformer."""
-    return {name: w for name, w in weights.items() if ENCODER.fullmatch(name)}
+    return {name: w for name, w in weights.items() if name.startswith(ENCODER)}
 
 
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
@@ -812,10 +779,10 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
-    heads = heads or (16 if dim in (1280, 1408) else dim // 64 if dim % 64 == 0 else None)
-    if heads is None:
+    if not heads and dim % 64:
         raise ValueError(f"the weights do not tell how many heads a ViT of width {dim} has; give heads=, or --heads or "
                          "--teacher_heads")
+    heads = heads or (16 if dim in (1280, 1408) else dim // 64)
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
