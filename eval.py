@@ -333,11 +333,11 @@ def show(args, weights):
     """Draw what a model sees in some images: the similarity by each anchor, the order as steps and, if the file has the
     decoder, target and prediction. With --data, also report how much the order depends on the content."""
     if args.images:
-        data, indices = Images(args.images), range(len(args.images))
+        shown = Images(args.images)
     else:
         data = load_data(args.data, "val", args.data_root) or load_data(args.data, "train", args.data_root)
-        indices = train.evenly(data, 8).tolist()
-    pictures = [data.load(i) for i in indices]
+        shown = data.evenly(8)
+    pictures = [shown.load(i) for i in range(len(shown))]
     pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
                                          [args.img_size, args.img_size]) for picture in pictures])
     options = dict(activation=args.activation) if weights and "proj.weight" in weights else {}  # CLIP

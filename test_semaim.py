@@ -849,7 +849,7 @@ def bad_files(folder):
         "packed": (good | {f"blocks.{i}.mlp.fc2.weight": torch.ones(128, 256) for i in (0, 1)},
                    r"its blocks.0.mlp.fc2.weight is \(128, 256\)"),
         "dinov3": (good | {"rope_embed.periods": torch.ones(4)}, r"has rotary positions \(DINOv3\)"),
-        "patch": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 8, 4)}, "is another kind of ViT: its patch_embed"),
+        "patch": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 8, 4)}, "another kind of ViT: its patch_embed"),
         "classifier": (good | {f"norm_pre.{n}": torch.ones(128) for n in ("weight", "bias")} | {
             "head.weight": torch.ones(10, 128), "head.bias": torch.ones(10)}, "has a classifier in place of CLIP's"),
         "zero": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 0, 0)}, corrupt),
@@ -1903,7 +1903,7 @@ def test_pretraining_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch, targe
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_evaluation_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch):
-    def batches(images, args, indices=None):
+    def batches(images, args):
         yield train.normalise(torch.zeros(4, 3, 32, 32, dtype=torch.uint8)), torch.zeros(4).long().to(train.DEVICE)
 
     for module in (train, evaluation):

@@ -196,7 +196,7 @@ class Images:
         # One array of bytes, which forked loader workers share. A list of str would be copied to each as it is used.
         self.items = np.array([os.fsencode(path) for path in items]) if isinstance(items, list) else items
         self.labels, self.classes = labels, classes
-        self.unreadable = set()  # indices of the files that could not be read so far
+        self.unreadable = set()  # paths of the files that could not be read so far; subsets share it
 
     def __len__(self):
         return len(self.items)
@@ -211,7 +211,13 @@ class Images:
 
     def subset(self, indices: torch.Tensor) -> "Images":
         """Select the images at indices (n,)."""
-        return Images(self.items[indices], None if self.labels is None else self.labels[indices], self.classes)
+        part = copy.copy(self)
+        part.items, part.labels = self.items[indices], None if self.labels is None else self.labels[indices]
+        return part
+
+    def evenly(self, count: int) -> "Images":
+        """Select at most `count` images at equal distances."""
+        return self.subset(torch.linspace(0, len(self) - 1, min(len(self), count)).long())
 
 
 def load_data(data: str, split: str, data_root: str = "data", classes=None):
@@ -360,9 +366,9 @@ def load_batches(views: Views, workers: int, **sampling):
     loader = DataLoader(views, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals,
                         multiprocessing_context=fork, **sampling)
     for images, labels, unreadable in loader:
-        for index in set(unreadable.tolist()) - {-1} - views.images.unreadable:
-            views.images.unreadable.add(index)
-            tqdm.write(f"skipped, not readable as an image: {views.images.path(index)}", sys.stderr)
+        for path in {views.images.path(index) for index in unreadable.tolist() if index >= 0} - views.images.unreadable:
+            views.images.unreadable.add(path)
+            tqdm.write(f"skipped, not readable as an image: {path}", sys.stderr)
         yield normalise(images), labels.to(DEVICE, non_blocking=cuda), unreadable
 
 
@@ -712,13 +718,12 @@ class Run:
 # ---------------------------------------------------------------- evaluation ----
 
 
-def eval_batches(images: Images, args, indices=None):
-    """Yield (normalised views (n, 3, size, size), labels (n,)) of this process's share of images[indices] (default:
-    all) in the evaluation view. The label is -1 for unreadable and unlabelled images."""
-    indices = torch.arange(len(images)) if indices is None else indices
-    if len(indices) < WORLD:
-        raise ValueError(f"--data {args.data}: {len(indices)} images are fewer than {WORLD} processes")
-    keys = [(0, index) for index in indices.tensor_split(WORLD)[RANK].tolist()]
+def eval_batches(images: Images, args):
+    """Yield (normalised views (n, 3, size, size), labels (n,)) of this process's share of the images, in the evaluation
+    view. The label is -1 for unreadable and unlabelled images."""
+    if len(images) < WORLD:
+        raise ValueError(f"--data {args.data}: {len(images)} images are fewer than {WORLD} processes")
+    keys = [(0, index) for index in torch.arange(len(images)).tensor_split(WORLD)[RANK].tolist()]
     batches = load_batches(Views(images, functools.partial(eval_view, size=args.img_size)), args.workers,
                            sampler=keys, batch_size=args.batch_size)
     for batch, labels, unreadable in tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / args.batch_size),
@@ -738,10 +743,10 @@ def collect(values: list, labels: list) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def features(model, images: Images, args, pools, indices=None) -> tuple[torch.Tensor, torch.Tensor]:
+def features(model, images: Images, args, pools) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the frozen features of a ViT, pooled in P ways ("cls", "mean"): (n, P, D), and the labels (n,)."""
     values, labels = [], []
-    for batch, label in eval_batches(images, args, indices):
+    for batch, label in eval_batches(images, args):
         with autocast(args.precision):
             tokens = model.tokens(batch)
         values.append(torch.stack([pool_tokens(tokens, pool) for pool in pools], dim=1))
@@ -761,16 +766,11 @@ def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: flo
     return torch.cat(votes)
 
 
-def evenly(images: Images, count: int) -> torch.Tensor:
-    """Return the indices of at most `count` images at equal distances."""
-    return torch.linspace(0, len(images) - 1, min(len(images), count)).long()
-
-
 def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, float]:
     """Compute k-NN top-1 in % of at most --knn_images images of val, by [CLS] and by the mean of the patch tokens."""
     pools = ("cls", "mean")
-    bank, labels = features(model, train_images, args, pools, evenly(train_images, args.knn_images))
-    queries, truth = features(model, val, args, pools, evenly(val, args.knn_images))
+    bank, labels = features(model, train_images.evenly(args.knn_images), args, pools)
+    queries, truth = features(model, val.evenly(args.knn_images), args, pools)
     k, classes = min(20, len(bank)), len(train_images.classes)
     right = [knn_votes(queries[:, i], bank[:, i], labels, classes, k).argmax(1) == truth for i in range(len(pools))]
     return {f"knn_{pool}": round(100 * hits.float().mean().item(), 2) for pool, hits in zip(pools, right)}
@@ -784,7 +784,7 @@ def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, fl
     means that all images have the same map. mirrored: the share of images whose most similar patch moves to the
     mirrored place when the image is flipped."""
     pairs = []
-    for batch, _ in eval_batches(images, args, evenly(images, 2000)):
+    for batch, _ in eval_batches(images.evenly(2000), args):
         with autocast(args.precision):
             pairs.append(torch.stack([encoder.similarity(x, anchor) for x in (batch, batch.flip(-1))], dim=1))
     maps, flipped = gather(pairs).float().unbind(1)
@@ -860,8 +860,8 @@ def save_samples(run: Run, model: SemAIM, teacher, data: Images):
     if RANK:
         return
     model.eval()
-    views = Views(data, functools.partial(eval_view, size=model.img_size))
-    images = torch.stack([views[0, i][0] for i in evenly(data, 8).tolist()])
+    views = Views(data.evenly(8), functools.partial(eval_view, size=model.img_size))
+    images = torch.stack([views[0, i][0] for i in range(len(views))])
     batch = normalise(images)
     with autocast(run.args.precision):
         out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))  # not compiled for this batch size
