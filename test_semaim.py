@@ -2137,6 +2137,16 @@ def test_readme_commands_parse(pretrained):
     assert parsed > 10
 
 
+def test_names_in_the_tutorial_exist():
+    cells = json.loads((Path(__file__).parent / "tutorial.ipynb").read_text())["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells)
+    names = set(re.findall(r"\b(train|semaim|ViT|SemAIM)\.(?!py)(\w+)", text))
+    modules = dict(train=train, semaim=semaim, ViT=ViT, SemAIM=SemAIM)
+    assert len(names) > 10 and [name for name in names if not hasattr(modules[name[0]], name[1])] == []
+    for imported in re.findall(r"from semaim import \(?([\w, \n]+)", text):
+        assert [name for name in re.findall(r"\w+", imported) if not hasattr(semaim, name)] == []
+
+
 # ---------------------------------------------------------------- what a user can get wrong ----
 
 
