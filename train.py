@@ -278,7 +278,8 @@ def load_folder(folder: Path, classes=None) -> Images:
     other = sorted(entry.path for entry in os.scandir(folder) if entry.name not in names and (
         entry.is_dir() or entry.path in paths))
     if other:
-        say(f"{len(other)} ignored, not in a class folder, or a class folder without images: {', '.join(other[:3])}")
+        say(f"{len(other)} ignored (images outside class folders, class folders without images): "
+            + ", ".join(other[:3]) + ", ..." * (len(other) > 3))
     number = {name: i for i, name in enumerate(classes or sorted(names))}
     if not names <= number.keys():
         raise ValueError(f"{folder} has a class that the training set does not have: {min(names - number.keys())}")
