@@ -395,7 +395,7 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
         add("images", nargs="*", metavar="IMAGE", help="image files; without any, eight images of --data")
         add("--anchor", choices=ANCHORS, help="draw only this map and the attention, and order by it (default: draw "
             "all, order by the run's anchor)")
-        add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="of a CLIP file")
+        add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="activation of a CLIP file")
         parser.set_defaults(eval_only=False)
         return
     add("--label_fraction", type=float, default=1.0, help="train on this share of every class")
@@ -427,8 +427,8 @@ def parse_args(argv=None):
     first.add_argument("--checkpoint", metavar="FILE", help="any file that semaim.load_weights reads (default: random "
                        "weights)")
     first.add_argument("--data", default="shapes", help=train.DATA_HELP)
-    first.add_argument("--arch", choices=ARCHS, help="of random weights; a checkpoint has its own")
-    first.add_argument("--patch_size", type=positive, help="of random weights; a checkpoint has its own")
+    first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
+    first.add_argument("--patch_size", type=positive, help="size of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
     known = first.parse_known_args(argv)[0]
     weights = None if known.checkpoint is None else load_weights(known.checkpoint)

@@ -2602,6 +2602,7 @@ def test_help_shows_the_recipe_of_the_arch(capsys):
         said = " ".join(capsys.readouterr().out.split())
         assert e.value.code == 0 and "(default: None)" not in said
         assert ("(default: 800)" if "finetune" not in flags else "(default: 0.65)") in said
+        assert "patch orders (default: 0)" in said
 
 
 def test_progress_in_a_log_file_is_plain_lines(tmp_path, capsys):

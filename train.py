@@ -1004,7 +1004,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show the defaults of all flags but switches and those without one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def at_least(minimum: int, kind: type):
@@ -1037,15 +1037,15 @@ def add_shared_flags(parser: Parser, recipe: dict):
     """Add the flags that train.py and eval.py share, with the recipe's values as defaults."""
     add = parser.add_argument_group("data").add_argument
     add("--data_root", default="data", metavar="DIR", help="where torchvision's data sets are, or are downloaded to")
-    add("--img_size", type=positive, default=recipe["img_size"], help="pixels")
+    add("--img_size", type=positive, default=recipe["img_size"], help="size of the input in pixels")
     add("--workers", type=not_negative, default=recipe["workers"], help="loader processes")
     add = parser.add_argument_group("machine").add_argument
     add("--output_dir", help="default: a folder named after the run")
-    add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"], help="of the forward pass")
-    add("--compile", action=argparse.BooleanOptionalAction, default=recipe["compile"], help="use torch.compile")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"],
+        help="precision of the forward pass")
     add("--batch_size", type=positive, help="largest micro-batch of a process; if it exceeds the process's share of "
         f"the total batch, the total grows (default: {recipe['batch_size']})")
-    add("--seed", type=int, default=0, help="of weights, data order, views and patch orders")
+    add("--seed", type=int, default=0, help="seed of weights, data order, views and patch orders")
 
 
 def add_training_flags(parser: Parser, recipe: dict):
@@ -1056,14 +1056,15 @@ def add_training_flags(parser: Parser, recipe: dict):
         help=f"micro-batches per step (default: as many as make up a total batch of {recipe['total_batch']})")
     for name, what in (("warmup_epochs", "epochs of linear warm-up"), ("min_lr", "the last learning rate"),
                        ("blr", "base learning rate: lr = blr * total batch / 256"),
-                       ("weight_decay", "for weight matrices; biases and norms have none"),
+                       ("weight_decay", "weight decay of matrices; biases and norms have none"),
                        ("clip_grad", "largest gradient norm; 0: no clipping")):
         add(f"--{name}", type=decimal, default=recipe[name], help=what)
+    add("--compile", action=argparse.BooleanOptionalAction, default=recipe["compile"], help="use torch.compile")
     add("--grad_checkpointing", action="store_true", help="compute blocks twice to use less memory")
     add = parser.add_argument_group("checkpoints and evaluation").add_argument
     add("--resume", help="a last.pt to continue from if --output_dir has none yet")
     add("--stop_after", type=positive, metavar="STEP", help="save and stop after this step")
-    add("--save_every_minutes", type=decimal, default=10.0, metavar="MINUTES", help="between two checkpoints")
+    add("--save_every_minutes", type=decimal, default=10.0, metavar="MINUTES", help="time between two checkpoints")
     add("--eval_every", type=not_negative, default=recipe["eval_every"], metavar="EPOCHS",
         help="evaluate this often and at the end; 0: only at the end")
     return add
@@ -1089,18 +1090,19 @@ def parse_args(argv=None):
     recipe = ARCHS[known.arch] | RECIPES.get(known.arch, PAPER) | machine_defaults(known.arch, known.data)
     parser = Parser(description="Pre-train SemAIM.", parents=[first])
     add = parser.add_argument_group("model").add_argument
-    add("--patch_size", type=positive, default=recipe["patch_size"], help="pixels")
-    add("--query_depth", type=positive, default=recipe["query_depth"], help="blocks of the query stream")
+    add("--patch_size", type=positive, default=recipe["patch_size"], help="size of a patch in pixels")
+    add("--query_depth", type=positive, default=recipe["query_depth"], help="number of blocks in the query stream")
     add("--target", default="pixel", choices=TARGETS, help="what is predicted for each patch")
     add("--order", default="semantic", choices=ORDERS, help="the order of the patches")
     add("--anchor", default="cls", choices=ANCHORS, help="what the patches are compared with")
-    add("--loss", default="l2", choices=("l2", "l1"), help="for pixels")
+    add("--loss", default="l2", choices=("l2", "l1"), help="squared or absolute error, for --target pixel")
     add("--norm_pix", action=argparse.BooleanOptionalAction, default=True, help="normalise each target patch")
     add("--blur", action=argparse.BooleanOptionalAction, default=True, help="blur the target image")
     add("--head", default="mlp", choices=("mlp", "linear"), help="the prediction head")
     add("--teacher", metavar="FILE", help="weights of the teacher for --target dino or clip")
     add("--teacher_heads", type=positive, metavar="N", help="attention heads of the teacher (default: 64 wide each)")
-    add("--teacher_activation", default="quick_gelu", choices=("quick_gelu", "gelu"), help="of a CLIP teacher")
+    add("--teacher_activation", default="quick_gelu", choices=("quick_gelu", "gelu"),
+        help="activation of a CLIP teacher")
     add("--init_weights", metavar="FILE", help="weights to start from (default: random)")
     add_shared_flags(parser, recipe)
     add = add_training_flags(parser, recipe)
