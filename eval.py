@@ -9,10 +9,11 @@
     torchrun --nproc_per_node=8 eval.py finetune ...                      any of the scores on 8 GPUs
 
 FILE is any file that semaim.load_weights reads; without --checkpoint the weights are random, which is the baseline. DIR
-holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used for scores and to choose best.pt, for nothing else.
+holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the scores and to choose best.pt.
 The last line printed is one JSON object: task, top1 and top5 in %, or for show the picture's path.
 """
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -117,9 +118,9 @@ def make_classifier(args, weights, classes: int) -> nn.Module:
 
 
 def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Make parameter groups with a "scale" of the learning rate, layer_decay^(depth + 1 - layer): layer 0 is what comes
-    before the blocks, i + 1 is blocks.i, depth + 1 what comes after. No weight decay for 1-D parameters, cls_token and
-    pos_embed."""
+    """Make parameter groups whose "scale" multiplies the learning rate: layer_decay^(depth + 1 - layer). Layer 0 is the
+    embedding, layer i + 1 is blocks.i, layer depth + 1 is everything after the blocks. 1-D parameters, cls_token and
+    pos_embed have no weight decay."""
     groups = {}
     for name, p in model.named_parameters():
         layer = len(model.blocks) + 1
@@ -170,7 +171,7 @@ def report(args, **result):
     """Print the result as one JSON object, and append it to log.jsonl."""
     if RANK:
         return
-    result = dict(task=args.task) | result | dict(data=args.data, checkpoint=args.checkpoint)
+    result = dict(task=args.task, data=args.data, checkpoint=args.checkpoint) | result
     print(json.dumps(result), flush=True)
     try:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -234,8 +235,8 @@ def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], 
             shuffled = torch.randperm(len(x)).to(x.device)
         for group, lr in zip(optimizer.param_groups, lrs):
             group["lr"] = learning_rate(step / per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
-        some = shuffled[step % per_epoch * batch:][:batch]
-        sum(F.cross_entropy(head(x[some]), y[some]) for head in heads).backward()
+        indices = shuffled[step % per_epoch * batch:][:batch]
+        sum(F.cross_entropy(head(x[indices]), y[indices]) for head in heads).backward()
         optimizer.step()
         optimizer.zero_grad()
     return heads
@@ -252,13 +253,13 @@ def linear_cached(args, weights, data: Images, val: Images):
     x = norm(x[:, 0])
     torch.manual_seed(args.seed)  # reading images has changed the generator
     order = torch.randperm(len(x))
-    held, rest = order[:-(-len(x) // 10)], order[-(-len(x) // 10):]
+    held_out, rest = order[:-(-len(x) // 10)], order[-(-len(x) // 10):]
     lrs = [args.blr * args.total_batch / 256 * factor for factor in (0.03, 0.1, 0.3, 1, 3, 10)]
     start = time.monotonic()
     heads = fit_heads(x[rest], y[rest], classes, lrs, args)
-    say(f"{len(rest):,} images for training and {len(held):,} to choose among {len(lrs)} learning rates; "
+    say(f"{len(rest):,} images for training and {len(held_out):,} to choose among {len(lrs)} learning rates; "
         f"{(time.monotonic() - start) / args.epochs:.2f} s per epoch")
-    right = [(head(x[held]).argmax(1) == y[held]).float().mean().item() for head in heads]
+    right = [(head(x[held_out]).argmax(1) == y[held_out]).float().mean().item() for head in heads]
     lr = lrs[right.index(max(right))]
     probe.head[1] = fit_heads(x, y, classes, [lr], args)[0]
     report_score(args, *classify(probe, val, args), data.classes, lr=lr)
@@ -347,17 +348,17 @@ def show(args, weights):
     anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
     rows = {"image": pictures / 255}
     for name in dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS):
-        rows[f"similarity\n({name})" if name != "attention" else "attention"] = vit.similarity(batch, name)
+        rows[f"similarity\n({name},\nbright: high)" if name != "attention" else name] = vit.similarity(batch, name)
     kind = weights.config.get("order", "semantic") if weights else "semantic"
     order = patch_order(kind, vit.similarity(batch, anchor))
-    rows[f"order\n({kind},\nby {anchor})"] = order
+    rows[f"order\n({kind},\nby {anchor},\nbright: early)"] = order
     if decoder:
         rows |= train.decoder_rows(decoder.to(DEVICE), batch, decoder(batch, order))
     path = Path(args.output_dir) / "show.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     train.draw(path, rows, cell=400 if len(pictures) < 4 else 224)
     statistics = {} if args.images else train.order_statistics(vit, data, anchor, args)
-    report(args, picture=str(path), anchor=anchor, **statistics)
+    report(args, picture=str(path), anchor=anchor, data=args.images or args.data, **statistics)
 
 
 # ---------------------------------------------------------------- command line ----
@@ -409,7 +410,8 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
     add("--smoothing", type=train.decimal, default=recipe["smoothing"], help="label smoothing")
     train.add_training_flags(parser, recipe)
     if task == "linear":
-        add("--cache_features", action="store_true", help="compute the features once, without augmentation")
+        add("--cache_features", action="store_true", help="not the paper's recipe: compute the features once, "
+            "without augmentation, and choose the learning rate on a tenth of the training images")
         return
     add = parser.add_argument_group("regularisation").add_argument
     add("--randaugment", type=int, choices=range(11), metavar="0-10", default=recipe["randaugment"],
@@ -423,6 +425,9 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
 
 def parse_args(argv=None):
     """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights or None)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in (*TASKS, "-h", "--help"):
+        raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
     first = Parser(add_help=False)
     first.add_argument("--checkpoint", metavar="FILE", help="any file that semaim.load_weights reads (default: random "
                        "weights)")
@@ -459,7 +464,8 @@ def parse_args(argv=None):
         args.pool = args.pool or recipes[args.task]["pool"]
     if args.output_dir is None:
         folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{args.arch}-random"
-        args.output_dir = str(folder / "-".join([args.task] + [Path(args.data).resolve().name] * (args.task != "show")))
+        data = [] if getattr(args, "images", None) else [Path(args.data).resolve().name]
+        args.output_dir = str(folder / "-".join([args.task, *data]))
     # With cached features every process trains the whole classifier: the batch is not split over processes.
     train.settle_batch(args, recipes[args.task], 1 if getattr(args, "cache_features", False) else WORLD)
     return args, weights

@@ -1,8 +1,8 @@
 """SemAIM: semantic-aware autoregressive image modeling (Song, Zhang, Wang, AAAI 2024, arXiv:2312.10457).
 
-SemAIM orders the patches of each image: the patch that is most similar to the whole image comes first, and the others
-follow by their distance from it. A vision transformer learns by predicting each patch, its pixels or a teacher's
-features of it, from the patches before it in that order.
+SemAIM orders the patches of each image. The patch that is most similar to the whole image comes first. The others
+follow by their distance from this first patch on the grid, nearest first. A vision transformer learns by predicting
+each patch, its pixels or a teacher's features of it, from the patches before it in that order.
 
     images -> ViT without a mask -> similarity_map -> patch_order -> order
     images -> patch embedding, sorted by the order -> content stream (causal self-attention)
@@ -112,7 +112,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: tokens (N, T, D) -> (N, T, D). drop_path: how often a sample skips a branch."""
+    """Pre-norm transformer block: tokens (N, T, D) -> (N, T, D).
+
+    drop_path: probability that a sample skips a branch (stochastic depth)."""
 
     def __init__(self, dim: int, heads: int, drop_path: float = 0.0):
         super().__init__()
@@ -228,14 +230,14 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
 
     anchor: "cls" compares with CLS, "gap" with the mean of the patch tokens. For "attention" see ViT.attention_map."""
     _check("anchor", anchor, ("cls", "gap"))
-    tokens = tokens.float()  # bf16 cosines would have ties, and argmax takes the first patch
+    tokens = tokens.float()  # fp32, because argmax takes the first patch of a tie, and bf16 has ties
     patches = tokens[:, 1:]
     centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
     return F.cosine_similarity(centre, patches, dim=-1)
 
 
 def content_free(function: Callable) -> Callable:
-    """Mark an order that uses only the shape of the similarity, SemAIM then skips the similarity pass."""
+    """Mark an order that does not use the values of the similarity. SemAIM then skips the similarity pass."""
     function.content_free = True
     return function
 
@@ -251,7 +253,7 @@ def grid_positions(similarity: Tensor) -> Tensor:
 
 def ascending(score: Tensor) -> Tensor:
     """Sort the patches by score (N, L), whole numbers, lowest first -> order (N, L); ties are in random order."""
-    # Noise below 1/2 does not change the order of different whole numbers.
+    # The scores are whole numbers, so noise below 1/2 changes only the order of ties.
     return (score + 0.5 * torch.rand(score.shape, device=score.device)).argsort(dim=1)
 
 
@@ -343,7 +345,7 @@ class CrossAttention(nn.Module):
 
 
 class QueryBlock(nn.Module):
-    """Decoder block: query (N, Q, D), content (N, K, D) -> query (N, Q, D). Both streams share norm1."""
+    """Decoder block: query (N, Q, D), content (N, K, D) -> query (N, Q, D). norm1 is applied to both."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -406,8 +408,8 @@ class Output(NamedTuple):
 class SemAIM(ViT):
     """ViT with a second stream that predicts each patch from the patches before it: images (N, 3, H, W) -> Output.
 
-    query_depth: blocks of the second stream, one after every depth / query_depth encoder blocks. order: a name in
-    ORDERS or a function. target: "pixel", or the teacher whose features, with target_dim channels, are predicted.
+    query_depth: blocks of the second stream; one follows each group of depth / query_depth encoder blocks. order: a
+    name in ORDERS or a function. target: "pixel", or the teacher whose features (target_dim channels) are predicted.
     head: the prediction head, "mlp" or "linear". Raises ValueError."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
@@ -449,7 +451,7 @@ class SemAIM(ViT):
         query = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), order)
         query = self._streams(content, query, "causal", "causal")
         query = take(query, order.argsort(dim=1))  # back to raster order
-        return self.prediction_head(self.norm(query))  # `norm` is the encoder's own
+        return self.prediction_head(self.norm(query))  # `norm` is the encoder's final norm
 
     def predict_masked(self, images: Tensor, order: Tensor) -> Tensor:
         """Compute the same as predict with the paper's two masks instead of sorting. Slower; used to verify predict."""
@@ -586,7 +588,7 @@ def ema_update(teacher: Teacher, model: ViT, decay: float):
 
 
 class _Refused(ValueError):
-    """The reason why a file is refused, as the end of a sentence that begins with its path."""
+    """The reason why a file is refused. load_weights puts the path in front of the message."""
 
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -717,7 +719,7 @@ def _select(weights: dict[str, Tensor]) -> tuple[Weights, list[str]]:
     taken = Weights({name: w for name, w in weights.items() if name in expected or HEADS.match(name)})
     left_out = sorted(weights.keys() - taken.keys())
     for name in left_out:
-        if not LEFT_OUT.match(name):  # to ignore it could change what the encoder computes
+        if not LEFT_OUT.match(name):  # ignoring it could change the encoder's output
             raise _Refused(f"is another kind of ViT: it has {name}")
     for name, w in taken.items():
         if name in expected and w.shape != expected[name].shape:

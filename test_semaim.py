@@ -1583,11 +1583,13 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
     (["knn", "--k", "13"], r"--k 13 is larger than the training set \(12 images\)"),
     (["knn", "--img_size", "33"], "--img_size 33 is not a multiple of the patch size, 8"),
     (["linear", "--label_fraction", "0.05"], "--label_fraction 0.05 leaves no image of class cat, which has 6"),
-        (["finetune", "--eval_only"], "last.pt has no head.weight: --eval_only needs a classifier"),
+    (["finetune", "--eval_only"], "last.pt has no head.weight: --eval_only needs a classifier"),
     (["linear", "--eval_only"], "last.pt has no head.1.weight: --eval_only needs a classifier"),
     (["knn", "--checkpoint", "nothing.pt"], "nothing.pt: No such file"),
     (["knn", "--checkpoint", ""], "No such file"),
-    (["zero_shot"], "argument task: invalid choice: 'zero_shot'"),
+    (["zero_shot"], "the first argument is the task, one of knn, linear, finetune, show; flags come after it"),
+    (["--pool", "mean", "knn"], "the first argument is the task"),
+    (["show", "--compile"], "unrecognized arguments: --compile"),
     (["finetune", "--randaugment", "11"], "argument --randaugment: invalid choice: 11"),
     (["knn", "--label_fraction", "2"], "--label_fraction 2.0 is not above 0 and at most 1"),
 ))
@@ -2384,7 +2386,7 @@ def test_fewer_images_than_a_batch(tmp_path, capsys):
     flags = ["--data", folder(tmp_path), "--epochs", 2, "--workers", 0, "--output_dir", tmp_path / "out"]
     train.main([str(flag) for flag in flags])
     said = capsys.readouterr().err
-    assert "the total batch is 12 (12 images x 1 micro-batches x 1 processes) instead of 128, because" in said
+    assert "the total batch is 12 (--batch_size 12 x --accum_iter 1 x 1 processes) instead of 128, because" in said
     assert train.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
 
 

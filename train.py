@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py --arch vit_base --data DIR    the same on 8 GPUs (--nnodes for more)
 
 DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*), or just images. Run the same command again to resume an
-interrupted run. Each random number is seeded by --seed and its place: (step, micro-batch, process) for patch orders and
-mixing, (epoch, image) for views. The number of workers and the place of an interruption do not change the result.
+interrupted run. Random numbers depend only on --seed and, for views, on (epoch, image), for patch orders and mixing on
+(step, micro-batch, process). The number of workers and the place of an interruption do not change the result.
 
 The file reads in this order: recipes, processes, data, optimiser and schedule, checkpoints and the run, evaluation and
 pictures, train(), command line.
@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-try:  # faster than Pillow, but deprecated by torchvision; Pillow decodes everything where it is missing
+try:  # faster than Pillow, but deprecated by torchvision; without it, Pillow decodes all files
     from torchvision.io import decode_jpeg, read_file
 except ImportError:
     decode_jpeg = None
@@ -112,8 +112,8 @@ def from_all(value) -> list:
 
 
 def autocast(precision: str):
-    """Return the mixed-precision context of a forward pass. Without autocast's cache, which saves little and with
-    --grad_checkpointing needs more memory than the activations."""
+    """Return the mixed-precision context of a forward pass. autocast's cache is off, because with --grad_checkpointing
+    it needs more memory than the activations."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
     return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
@@ -313,8 +313,8 @@ def eval_view(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class Views(Dataset):
-    """Images through a transform. The keys are (epoch, index). An item has three parts: the view, uint8
-    (3, size, size); the label, or -1; the index of an unreadable file, or -1.
+    """A Dataset that applies a transform to Images. The keys are (epoch, index). An item has three parts: the view,
+    uint8 (3, size, size); the label, or -1; the index of an unreadable file, or -1.
 
     The transform's random numbers depend only on (seed, epoch, index). The next readable file replaces an unreadable
     one, so that batches keep their size. Raises OSError if 100 files in a row are unreadable."""
@@ -396,8 +396,8 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def split_batch(total: int, largest: int, processes: int) -> tuple[int, int]:
-    """Split a total batch evenly: images per process and micro-batch (at most `largest`), micro-batches per step. The
-    total is rounded down to a multiple of processes x micro-batches."""
+    """Split a total batch over processes and micro-batches -> (images per micro-batch, at most `largest`; micro-batches
+    per step). The total is rounded down to a multiple of processes x micro-batches."""
     accum_iter = max(1, min(-(-total // (processes * largest)), total // processes))
     return max(1, total // (processes * accum_iter)), accum_iter
 
@@ -432,7 +432,7 @@ def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.A
 
 
 def previous(path: Path) -> Path:
-    """Return where the checkpoint that a new one replaces is kept: last.pt -> last.previous.pt."""
+    """Return the path of the backup of a checkpoint: last.pt -> last.previous.pt."""
     return path.with_stem(path.stem + ".previous")
 
 
@@ -460,7 +460,7 @@ def load_checkpoint(path) -> dict:
     for file in filter(Path.exists, (path, previous(path))):
         try:
             checkpoint = torch.load(str(file), map_location="cpu", mmap=True, weights_only=True)
-        except Exception as e:  # torch.load raises many types; the checksums tell damage from an error while reading
+        except Exception as e:  # torch.load raises many types; valid checksums mean a read error, not a corrupt file
             with contextlib.suppress(zipfile.BadZipFile, EOFError):
                 if not isinstance(e, pickle.UnpicklingError) and zipfile.ZipFile(file).testzip() is None:
                     raise OSError(f"{file} could not be read ({str(e).splitlines()[0]}); try again") from e
@@ -483,10 +483,10 @@ def file_hash(path) -> str | None:
 # ---------------------------------------------------------------- the run: state, files, signals, progress ----
 
 # Flags that may differ when a run is resumed. They change nothing, or only rounding and random ties (batch_size,
-# accum_iter, compile). All others must be the same.
+# accum_iter, compile). All others must be the same. Of files, the content is compared instead of the name.
 MAY_CHANGE = {"output_dir", "data_root", "resume", "batch_size", "accum_iter", "epochs", "stop_after", "compile",
               "workers", "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images",
-              "checkpoint", "teacher", "init_weights", "per_class"}  # the content of these files is compared instead
+              "per_class", "checkpoint", "teacher", "init_weights"}
 NAMES = {"total_batch": "the total batch (--batch_size x --accum_iter x processes)",
          "images": "the number of training images", "checkpoint_hash": "the SHA-256 of --checkpoint",
          "teacher_hash": "the SHA-256 of --teacher", "init_weights_hash": "the SHA-256 of --init_weights"}
@@ -526,14 +526,15 @@ class Run:
             f"{name}_hash": file_hash(getattr(args, name, None)) for name in ("checkpoint", "init_weights", "teacher")}
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
         self.step, self.seconds, self.best = 0, 0.0, -1.0  # finished steps, training time, best score of eval.py
-        self.signalled = self.stopping = False  # a signal came to this process; all processes stop after this step
+        self.signalled = False  # this process received a signal
+        self.stopping = False  # all processes stop after this step
         self.measures, self.recent = {}, []  # sums over the micro-batches of a step; seconds of the latest steps
         self.folder = Path(args.output_dir)
         self.last = self.folder / "last.pt"
         self._check_folder()
         self._resume()
         if self.total_batch < args.total_batch:
-            say(f"the total batch is {self.total_batch} ({self.batch} images x {self.accum_iter} micro-batches x "
+            say(f"the total batch is {self.total_batch} (--batch_size {self.batch} x --accum_iter {self.accum_iter} x "
                 f"{WORLD} processes) instead of {args.total_batch}, because there are only {n_images} images")
         if args.epochs <= args.warmup_epochs:
             say(f"--epochs {args.epochs} is within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
@@ -640,8 +641,9 @@ class Run:
 
     def update(self, lr: float) -> dict[str, float]:
         """Clip the gradients, update the weights and count the step. Returns the step's measures, averaged over
-        micro-batches and processes: loss, grad_norm (before clipping), ... Raises ValueError if they are not finite.
-        lr: the learning rate, which a parameter group may scale (layer decay)."""
+        micro-batches and processes: loss, grad_norm (before clipping), ... Also decides whether a save or an evaluation
+        is due. Raises ValueError if the loss or the gradient is not finite. lr: the learning rate, which a parameter
+        group may scale (layer decay)."""
         self.scaler.unscale_(self.optimizer)
         self.measures["grad_norm"] = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.args.clip_grad or math.inf)
@@ -699,8 +701,8 @@ class Run:
                 say(f"{self.folder / 'log.jsonl'} misses a line ({e.strerror}); training continues")
 
     def save(self, name: str = "last.pt", **more):
-        """Write a checkpoint: last.pt has everything to resume from; other files have the model and `more`. A failed
-        write is reported, and raises OSError only if no later save can follow."""
+        """Write a checkpoint. last.pt has everything to resume from, other files the weights and the fields in `more`.
+        A failed write is reported, and raises OSError only if no later save can follow."""
         if RANK:
             return
         checkpoint = dict(model=self.model.state_dict(), config=self.config, epoch=self.epoch, step=self.step) | more
@@ -781,9 +783,9 @@ def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, fl
 def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, float]:
     """Measure on at most 2,000 images whether the order follows the content.
 
-    position_share: after subtracting each map's mean, the share of the maps' variance that the average map explains; 1
-    means that all images have the same map. mirrored: the share of images whose most similar patch moves to the
-    mirrored place when the image is flipped."""
+    position_share: the share of the variance of the similarity maps, each minus its own mean, that their average map
+    explains. 1 means that all images have the same map. mirrored: the share of images whose most similar patch moves to
+    the mirrored place when the image is flipped."""
     pairs = []
     for batch, _ in eval_batches(images.evenly(2000), args):
         with autocast(args.precision):
@@ -865,7 +867,8 @@ def save_samples(run: Run, model: SemAIM, teacher, data: Images):
     images = torch.stack([views[0, i][0] for i in range(len(views))])
     batch = normalise(images)
     with autocast(run.args.precision):
-        out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))  # not compiled for this batch size
+        # forward, because a call of a compiled model would compile it again for eight images
+        out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))
         similarity = (teacher or model).similarity(batch, model.anchor)
     model.train()
     rows = {"image": images / 255, "similarity\n(bright: high)": similarity, "order\n(bright: early)": out.order}
@@ -957,7 +960,7 @@ def train(args):
         epoch = run.epoch
         lr = learning_rate(epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
 
-        # Gradients of accum_iter micro-batches add up. DDP averages them over the processes in the last one.
+        # Gradients of accum_iter micro-batches add up. DDP averages them over the processes after the last micro-batch.
         for images, _ in micro_batches:
             with autocast(args.precision):
                 inputs = teacher_inputs(teacher, images, args.anchor)
@@ -965,7 +968,7 @@ def train(args):
             spread = dict(teacher_spread=feature_spread(inputs["teacher_tokens"])) if teacher else {}
             run.backward(out.loss, **spread)
 
-        # Clip, check that all is finite, update the weights, count the step.
+        # Clip, check that all is finite, update the weights, count the step, decide whether a save is due.
         measures = run.update(lr)
         if args.target == "ema":
             ema_update(teacher, model, ema_decay(epoch))
@@ -1001,7 +1004,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the defaults of all flags but switches and those without one."""
+    """Show the defaults of all flags except switches and flags without a default."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
@@ -1043,8 +1046,8 @@ def add_shared_flags(parser: Parser, recipe: dict):
     add("--output_dir", help="default: a folder named after the run")
     add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"],
         help="precision of the forward pass")
-    add("--batch_size", type=positive, help="largest micro-batch of a process; if it exceeds the process's share of "
-        f"the total batch, the total grows (default: {recipe['batch_size']})")
+    add("--batch_size", type=positive, help="largest number of images in a micro-batch of a process; a value above "
+        f"the process's share of the total batch makes the total larger (default: {recipe['batch_size']})")
     add("--seed", type=int, default=0, help="seed of weights, data order, views and patch orders")
 
 
