@@ -13,6 +13,7 @@ holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the 
 The last line printed is one JSON object: task, top1 and top5 in %, or for show the picture's path.
 """
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -236,7 +237,7 @@ def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], 
         for group, lr in zip(optimizer.param_groups, lrs):
             group["lr"] = learning_rate(step / per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
         indices = shuffled[step % per_epoch * batch:][:batch]
-        sum(F.cross_entropy(head(x[indices]), y[indices]) for head in heads).backward()
+        sum(F.cross_entropy(head(x[indices]), y[indices], label_smoothing=args.smoothing) for head in heads).backward()
         optimizer.step()
         optimizer.zero_grad()
     return heads
@@ -267,6 +268,18 @@ def linear_cached(args, weights, data: Images, val: Images):
         train.save_checkpoint(Path(args.output_dir) / "cached.pt", dict(model=probe.state_dict(), config=vars(args)))
 
 
+def score_and_keep(run: Run, val: Images) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score the classifier on val, report and log it, and save best.pt if it is the best so far -> as classify."""
+    result = classify(run.model, val, run.args)
+    scores = score(*result)
+    say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
+    run.log(**scores)
+    if scores["top1"] > run.best:
+        run.best = scores["top1"]
+        run.save("best.pt", **scores)
+    return result
+
+
 def train_classifier(args, weights, data: Images, val: Images):
     """Train the classifier of `linear` or `finetune` and score it. last.pt is for resuming, best.pt the best so far."""
     model = make_classifier(args, weights, len(data.classes)).to(DEVICE)
@@ -286,7 +299,8 @@ def train_classifier(args, weights, data: Images, val: Images):
     run = Run(args, model, optimizer, len(data))
     say(f"{run.last_step:,} steps of {run.total_batch}")
 
-    result = None
+    # A run that was interrupted before an evaluation begins with it.
+    result = score_and_keep(run, val) if run.evaluation_due and run.step else None
     model.train()
     for micro_batches in run.steps(Views(data, view, args.seed)):
         lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
@@ -297,13 +311,7 @@ def train_classifier(args, weights, data: Images, val: Images):
             run.backward(loss)
         run.log_step(run.update(lr))
         if run.evaluation_due:
-            result = classify(model, val, args)
-            scores = score(*result)
-            say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
-            run.log(**scores)
-            if scores["top1"] > run.best:
-                run.best = scores["top1"]
-                run.save("best.pt", **scores)
+            result = score_and_keep(run, val)
         if run.save_due:
             run.save()
 
@@ -321,9 +329,10 @@ def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
                 if f"prediction_head.{name}weight" in weights), 0)
     if out != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
         return None
+    options = {name: weights.config[name] for name in ("norm_pix", "blur") if name in weights.config}
     model = SemAIM(args.img_size, args.patch_size, vit.cls_token.shape[-1], len(vit.blocks), vit.blocks[0].attn.heads,
                    query_depth=len({name.split(".")[1] for name in weights if name.startswith("query_blocks.")}),
-                   head="mlp" if "prediction_head.fc2.weight" in weights else "linear")
+                   head="mlp" if "prediction_head.fc2.weight" in weights else "linear", **options)
     grid = args.img_size // args.patch_size
     model.load_state_dict(weights | {"pos_embed": resize_positions(weights["pos_embed"], grid)})
     return model.eval()
@@ -338,7 +347,12 @@ def show(args, weights):
     else:
         data = load_data(args.data, "val", args.data_root) or load_data(args.data, "train", args.data_root)
         shown = data.evenly(8)
-    pictures = [shown.load(i) for i in range(len(shown))]
+    pictures = []
+    for i in range(len(shown)):
+        try:
+            pictures.append(shown.load(i))
+        except Exception as e:  # Pillow raises many types for damaged files
+            raise ValueError(f"{shown.path(i)} is not readable as an image ({e})") from e
     pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
                                          [args.img_size, args.img_size]) for picture in pictures])
     options = dict(activation=args.activation) if weights and "proj.weight" in weights else {}  # CLIP
@@ -431,13 +445,16 @@ def parse_args(argv=None):
     first = Parser(add_help=False)
     first.add_argument("--checkpoint", metavar="FILE", help="any file that semaim.load_weights reads (default: random "
                        "weights)")
-    first.add_argument("--data", default="shapes", help=train.DATA_HELP)
+    first.add_argument("--data", default="shapes", type=os.path.normpath, help=train.DATA_HELP)
     first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
     first.add_argument("--patch_size", type=positive, help="size of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
     known = first.parse_known_args(argv)[0]
     weights = None if known.checkpoint is None else load_weights(known.checkpoint)
-    size = model_size(weights, known.arch, known.heads)
+    if weights is None and known.heads:
+        raise ValueError("--heads needs --checkpoint FILE; random weights have the heads of --arch")
+    heads = known.heads or (weights.config.get("heads") if weights else None)
+    size = model_size(weights, known.arch, heads)
     parser = Parser(description="Evaluate a pre-trained encoder.")
     tasks = parser.add_subparsers(dest="task", required=True)
     defaults = size | train.machine_defaults(size["arch"], known.data)
@@ -446,12 +463,16 @@ def parse_args(argv=None):
     for task, recipe in recipes.items():
         add_task_flags(tasks.add_parser(task, parents=[first], help=TASKS[task]), task, recipe)
     args = parser.parse_args(argv)
+    args.heads = heads
     for name in ("arch", "patch_size"):
         if weights is not None and getattr(args, name) not in (None, size[name]):
             raise ValueError(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]}; leave it out")
         setattr(args, name, getattr(args, name) or size[name])
     if args.img_size % args.patch_size:
         raise ValueError(f"--img_size {args.img_size} is not a multiple of the patch size, {args.patch_size}")
+    for name in ("accum_iter", "clip_grad", "grad_checkpointing", "resume", "stop_after"):
+        if getattr(args, "cache_features", False) and getattr(args, name) not in (None, False, 0.0):
+            raise ValueError(f"--{name} has no effect with --cache_features")
     if weights is None and args.eval_only:
         raise ValueError("--eval_only needs --checkpoint FILE, a classifier")
     if args.task != "show":

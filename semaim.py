@@ -660,8 +660,13 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
     part = next((k for k in keys if isinstance(file.get(k), dict)), "")
     if key and not part:
         raise _Refused(f"has no part {key!r}")
-    weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): w
-               for name, w in (file[part] if part else file).items() if torch.is_tensor(w) and w.is_floating_point()}
+    weights = {}
+    for name, w in (file[part] if part else file).items():
+        if torch.is_tensor(w) and w.is_floating_point():
+            name = re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name))
+            if name in weights:
+                raise _Refused(f"has two tensors for {name}")
+            weights[name] = w
     image_tower = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
     weights = image_tower or weights  # CLIP may come with its text tower
     for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):

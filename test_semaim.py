@@ -852,6 +852,7 @@ def bad_files(folder):
         "patch": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 8, 4)}, "another kind of ViT: its patch_embed"),
         "classifier": (good | {f"norm_pre.{n}": torch.ones(128) for n in ("weight", "bias")} | {
             "head.weight": torch.ones(10, 128), "head.bias": torch.ones(10)}, "has a classifier in place of CLIP's"),
+        "twice": (good | {"backbone.cls_token": torch.zeros(1, 1, 128)}, "has two tensors for cls_token"),
         "zero": (good | {"patch_embed.proj.weight": torch.ones(128, 3, 0, 0)}, corrupt),
         "flat": (good | {"patch_embed.proj.weight": torch.ones(128)}, corrupt),
         "clip": (clip_weights(), "is a CLIP tower, but the target is 'dino'"),
@@ -1016,7 +1017,7 @@ def test_decode_modes(tmp_path, monkeypatch, without_torchvision):
     assert decoded(Image.new("RGB", (6, 4)), "turned.jpg", exif=exif).size == (4, 6)
 
 
-ODD_FILES = {  # as README's table calls it: its path
+ODD_FILES = {  # name: path
     "CMYK JPEG": "cat/cmyk.jpg", "PNG named .JPEG": "cat/png.JPEG", "turned by EXIF": "cat/exif.jpg",
     "grey JPEG": "cat/grey.jpg", "16-bit grey PNG": "cat/16bit.png",
     "palette, its other colour transparent": "cat/palette.png", "1 x 1 pixel": "cat/1x1.png",
@@ -1024,6 +1025,16 @@ ODD_FILES = {  # as README's table calls it: its path
     "TIFF of 32-bit numbers": "cat/int.tif", "truncated JPEG": "cat/truncated.jpg", "empty file": "cat/empty.jpg",
     "text named .jpg": "cat/text.jpg", "no permission to read": "cat/locked.jpg",
     "broken link": "cat/link.jpg", "class folder with no image": "dog"}
+
+
+WHAT_HAPPENS = {
+    "decoded: red above blue": "CMYK JPEG; PNG named .JPEG; turned by EXIF; 20,000 x 30 pixels",
+    "decoded: white above grey": "grey JPEG; 16-bit grey PNG",
+    "decoded: red above white": "palette, its other colour transparent",
+    "decoded: red": "1 x 1 pixel",
+    "named, counted, left out": "TIFF of floats; TIFF of 32-bit numbers; truncated JPEG; empty file; text named .jpg; "
+                                "no permission to read; broken link",
+    "named, no class": "class folder with no image"}
 
 
 def make_odd_files(train):
@@ -1095,9 +1106,7 @@ def test_what_happens_to_each_odd_file(tmp_path, monkeypatch, capsys):
             happened[name] = f"decoded: {top} above {bottom}" if top != bottom else f"decoded: {top}"
     bad = list(happened.values()).count("named, counted, left out")
     assert f"{bad} of {len(images)} files were skipped, not readable as images" in said
-    rows = {what: "; ".join(name for name in happened if happened[name] == what) for what in happened.values()}
-    table = "| what happened | file |\n|---|---|\n" + "".join(f"| {what} | {names} |\n" for what, names in rows.items())
-    assert table in (Path(train.__file__).parent / "README.md").read_text(), table
+    assert happened == {name: what for what, names in WHAT_HAPPENS.items() for name in names.split("; ")}
 
 
 def test_a_long_strip_is_seen_by_its_middle(monkeypatch):
@@ -1590,6 +1599,7 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
     (["zero_shot"], "the first argument is the task, one of knn, linear, finetune, show; flags come after it"),
     (["--pool", "mean", "knn"], "the first argument is the task"),
     (["show", "--compile"], "unrecognized arguments: --compile"),
+    (["linear", "--cache_features", "--stop_after", "1"], "--stop_after has no effect with --cache_features"),
     (["finetune", "--randaugment", "11"], "argument --randaugment: invalid choice: 11"),
     (["knn", "--label_fraction", "2"], "--label_fraction 2.0 is not above 0 and at most 1"),
 ))
@@ -1600,6 +1610,8 @@ def test_bad_flags_of_eval(tmp_path, capsys, pretrained, flags, message):
 
 
 def test_bad_files_for_eval(tmp_path, capsys, pretrained):
+    with pytest.raises(SystemExit, match="--heads needs --checkpoint FILE"):
+        score(tmp_path, capsys, "knn", "--heads", "2")
     with pytest.raises(SystemExit, match="--eval_only needs --checkpoint FILE"):
         score(tmp_path, capsys, "finetune", "--eval_only")
     weights = torch.load(pretrained, weights_only=True)["model"]
@@ -2390,6 +2402,33 @@ def test_fewer_images_than_a_batch(tmp_path, capsys):
     assert train.load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 2
 
 
+def test_one_image_is_enough(tmp_path, capsys):
+    data = folder(tmp_path)
+    for path in sorted(data.glob("val/*/*"))[1:]:
+        path.unlink()
+    images = train.load_data(str(data), "val")
+    assert len(images) == len(images.evenly(8)) == len(images.subset(torch.tensor([0]))) == 1
+    run(tmp_path, "--knn_images", "1")
+    assert 0 <= score(tmp_path, capsys, "show")["position_share"] <= 1
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    data = folder(tmp_path)
+    for path in ("train/.ipynb_checkpoints/x.png", "train/cat/._0.jpg", "train/cat/.hidden/x.png"):
+        (data / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(data / path)
+    images = train.load_data(str(data), "train")
+    assert images.classes == ["cat", "dog"] and len(images) == 12
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(tmp_path, capsys):
+    data = folder(tmp_path)
+    for path in data.glob("val/*/*"):
+        path.write_text("no image")
+    assert run(tmp_path)["step"] == 6
+    assert "samples.png is not drawn: 8 files in a row are not readable as images" in capsys.readouterr().err
+
+
 def test_a_stray_image_does_not_drop_the_labels(tmp_path, capsys):
     data = folder(tmp_path)
     Image.new("RGB", (9, 9)).save(data / "train" / "montage.jpg")
@@ -2567,6 +2606,42 @@ def test_order_statistics(tmp_path):
     assert noise["position_share"] == pytest.approx(1 / 12, abs=0.1)  # about 1 / 12 for 12 independent maps
 
 
+def test_an_interrupted_evaluation_is_made_up_for(tmp_path, capsys, monkeypatch, pretrained):
+    """SIGTERM in the last step of an epoch, then the end of the program in the last evaluation."""
+    def scores(name, out):
+        lines = map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines())
+        return [line for line in lines if name in line]
+
+    def dies(run, *args):
+        if run.finished:
+            sys.exit("killed")
+        evaluate(run, *args)
+
+    flags = ("--knn_images", "12", "--eval_every", "1")
+    run(tmp_path, *flags, out="whole")
+    evaluate, update = train.evaluate, train.Run.update
+    interrupt_at(3, monkeypatch)  # an epoch has three steps
+    run(tmp_path, *flags, out="parts")
+    assert [line["step"] for line in scores("knn_cls", "parts")] == [0]
+    monkeypatch.setattr(train.Run, "update", update)
+    monkeypatch.setattr(train, "evaluate", dies)
+    with pytest.raises(SystemExit, match="killed"):
+        run(tmp_path, *flags, out="parts")
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run(tmp_path, *flags, out="parts")
+    assert [line["step"] for line in scores("knn_cls", "whole")] == [0, 3, 6]
+    assert scores("knn_cls", "parts") == scores("knn_cls", "whole")
+
+    flags = ("finetune", "--checkpoint", pretrained, "--epochs", "2", "--batch_size", "4", "--accum_iter", "1")
+    whole = score(tmp_path, capsys, *flags, out="tuned")
+    interrupt_at(3, monkeypatch)
+    with pytest.raises(IndexError):  # it stops without a result
+        score(tmp_path, capsys, *flags, out="tuned in parts")
+    monkeypatch.setattr(train.Run, "update", update)
+    assert score(tmp_path, capsys, *flags, out="tuned in parts") == whole
+    assert scores("top1", "tuned in parts") == scores("top1", "tuned")
+
+
 def test_evaluation_and_milestones_while_training(tmp_path):
     run(tmp_path, "--knn_images", "100", "--eval_every", "1", "--keep_every", "1")
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
@@ -2594,6 +2669,16 @@ def test_show(tmp_path, capsys, pretrained, file, rows):
     assert picture.height == 6 + rows * 406 and picture.width == 266 + 3 * 406
     result = score(tmp_path, capsys, "show", *checkpoint, "--img_size", "48", "--anchor", "gap")
     assert 0 <= result["position_share"] <= 1 and 0 <= result["mirrored"] <= 1 and result["anchor"] == "gap"
+
+
+def test_a_checkpoint_says_how_it_was_made(tmp_path, capsys, pretrained):
+    score(tmp_path, capsys, "finetune", "--checkpoint", pretrained, "--heads", "4", "--epochs", "1")
+    args, _ = evaluation.parse_args(["finetune", "--eval_only", "--checkpoint", str(tmp_path / "eval" / "best.pt")])
+    assert args.heads == 4
+    run(tmp_path, "--no-norm_pix", "--no-blur", "--stop_after", "1", out="plain")
+    args, weights = evaluation.parse_args(["show", "--checkpoint", str(tmp_path / "plain" / "last.pt")])
+    decoder = evaluation.make_decoder(args, weights, evaluation.make_encoder(args, weights))
+    assert not decoder.norm_pix and not decoder.blur
 
 
 def test_help_shows_the_recipe_of_the_arch(capsys):

@@ -103,7 +103,7 @@ def join_processes():
 
 
 def from_all(value) -> list:
-    """Return the values that all processes hold, in order of rank. Tensors must be on the CPU."""
+    """Return the values that all processes hold, in order of rank."""
     values = [value]
     if WORLD > 1:
         values = [None] * WORLD
@@ -212,7 +212,8 @@ class Images:
     def subset(self, indices: torch.Tensor) -> "Images":
         """Select the images at indices (n,)."""
         part = copy.copy(self)
-        part.items, part.labels = self.items[indices], None if self.labels is None else self.labels[indices]
+        part.items = self.items[indices if torch.is_tensor(self.items) else indices.numpy()]
+        part.labels = None if self.labels is None else self.labels[indices]
         return part
 
     def evenly(self, count: int) -> "Images":
@@ -259,12 +260,15 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 def list_images(folder: Path) -> list[str]:
-    """List all image files below a folder, sorted. Raises ValueError if there are none."""
-    paths = sorted(f"{place}{os.sep}{name}" for place, _, names in os.walk(folder, followlinks=True)
-                   for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+    """List all image files below a folder, sorted, without hidden ones. Raises ValueError if there are none."""
+    paths = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # os.walk does not enter the others
+        paths += [f"{place}{os.sep}{name}" for name in names
+                  if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")]
     if not paths:
         raise ValueError(f"there are no images in {folder}; known suffixes: {' '.join(IMAGE_SUFFIXES)}")
-    return paths
+    return sorted(paths)
 
 
 def load_folder(folder: Path, classes=None) -> Images:
@@ -275,8 +279,10 @@ def load_folder(folder: Path, classes=None) -> Images:
     if not named:
         return Images(paths)
     names = {name for _, name in named}
-    other = sorted(entry.path for entry in os.scandir(folder) if entry.name not in names and (
-        entry.is_dir() or entry.path in paths))
+    outside = {path for path in paths if path.count(os.sep) == place}
+    empty = {entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name not in names
+             and not entry.name.startswith(".")}
+    other = sorted(outside | empty)
     if other:
         say(f"{len(other)} ignored (images outside class folders, class folders without images): "
             + ", ".join(other[:3]) + ", ..." * (len(other) > 3))
@@ -337,7 +343,7 @@ class Views(Dataset):
             except Exception as e:  # Pillow raises many types for damaged files
                 unreadable, why = index, type(e).__name__
         else:
-            raise OSError(f"100 files in a row are not readable as images ({why}); the first is "
+            raise OSError(f"{min(100, len(self))} files in a row are not readable as images ({why}); the first is "
                           f"{self.images.path(index)}")
         label = -1 if self.images.labels is None else int(self.images.labels[other])
         return self.transform(image), label, unreadable
@@ -579,11 +585,15 @@ class Run:
             self.step, self.seconds, self.best = (checkpoint[name] for name in ("step", "seconds", "best"))
             say(f"{source}: resuming after step {self.step} of {self.last_step}" if not self.finished else
                 f"{source}: all {self.step} steps are done, nothing to train")
-        log = self.folder / "log.jsonl"
+        log, lines = self.folder / "log.jsonl", []
         if RANK == 0 and log.exists():
-            lines = re.findall(r'({"step": (\d+), .*}\n)', log.read_text())  # not an incomplete last line
-            log.with_suffix(".tmp").write_text("".join(line for line, step in lines if int(step) <= self.step))
+            found = re.findall(r'({"step": (\d+), .*}\n)', log.read_text())  # not an incomplete last line
+            lines = [line for line, step in found if int(step) <= self.step]
+            log.with_suffix(".tmp").write_text("".join(lines))
             os.replace(log.with_suffix(".tmp"), log)
+        # The run may have been interrupted before an evaluation. The log line of an evaluation has no loss.
+        evaluated = any(f'"step": {self.step},' in line and '"loss"' not in line for line in lines)
+        self.evaluation_due = not from_all(evaluated)[0] and (self.finished or self.epoch_ended(self.args.eval_every))
 
     @property
     def epoch(self) -> float:
@@ -731,12 +741,19 @@ def eval_batches(images: Images, args):
                            sampler=keys, batch_size=args.batch_size)
     for batch, labels, unreadable in tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / args.batch_size),
                                           leave=False, disable=not TERMINAL):
-        yield batch, torch.where(unreadable.to(DEVICE) < 0, labels, -1)
+        yield batch, torch.where(unreadable.to(DEVICE, non_blocking=True) < 0, labels, -1)
 
 
 def gather(batches: list[torch.Tensor]) -> torch.Tensor:
     """Join the batches (n, ...) of all processes: (total, ...), in the order of the images."""
-    return torch.cat(from_all(torch.cat(batches).cpu())).to(DEVICE)
+    part = torch.cat(batches)
+    if WORLD == 1:
+        return part
+    sizes = from_all(len(part))
+    padded = torch.cat([part, part.new_zeros(max(sizes) - len(part), *part.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 
 def collect(values: list, labels: list) -> tuple[torch.Tensor, torch.Tensor]:
@@ -862,9 +879,12 @@ def save_samples(run: Run, model: SemAIM, teacher, data: Images):
     """Draw samples.png: eight images, their similarity map, order, target and prediction."""
     if RANK:
         return
-    model.eval()
     views = Views(data.evenly(8), functools.partial(eval_view, size=model.img_size))
-    images = torch.stack([views[0, i][0] for i in range(len(views))])
+    try:
+        images = torch.stack([views[0, i][0] for i in range(len(views))])
+    except OSError as e:
+        return say(f"{run.folder / 'samples.png'} is not drawn: {e}")
+    model.eval()
     batch = normalise(images)
     with autocast(run.args.precision):
         # forward, because a call of a compiled model would compile it again for eight images
@@ -947,13 +967,13 @@ def train(args):
     optimizer = make_optimizer(model, args.weight_decay)
     run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
     if run.finished:
-        return
+        return evaluate(run, teacher, data, val) if run.evaluation_due else None
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     labels = f"{len(data.classes)} classes" if data.classes else "no labels"
     say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
         f"{args.data}: {len(data):,} images, {labels}, {len(val) if val else 'none'} for evaluation; {run.last_step:,} "
         f"steps of {run.total_batch} on {WORLD} x {DEVICE.type} in {args.precision}, results in {run.folder}")
-    if run.step == 0:
+    if run.evaluation_due:
         evaluate(run, teacher, data, val)
 
     for micro_batches in run.steps(Views(data, random_crop(args.img_size), args.seed)):
@@ -1007,7 +1027,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show the defaults of all flags except switches and flags without a default."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+        switch = isinstance(action, argparse._StoreTrueAction)
+        return action.help if action.default is None or switch else super()._get_help_string(action)
 
 
 def at_least(minimum: int, kind: type):
@@ -1088,7 +1109,7 @@ def parse_args(argv=None):
     """Read the command line. --arch decides the recipe, which gives the defaults."""
     first = Parser(add_help=False)
     first.add_argument("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults shown here")
-    first.add_argument("--data", default="shapes", help=DATA_HELP)
+    first.add_argument("--data", default="shapes", type=os.path.normpath, help=DATA_HELP)
     known = first.parse_known_args(argv)[0]
     recipe = ARCHS[known.arch] | RECIPES.get(known.arch, PAPER) | machine_defaults(known.arch, known.data)
     parser = Parser(description="Pre-train SemAIM.", parents=[first])
