@@ -2245,7 +2245,7 @@ def test_nothing_but_unreadable_images(tmp_path):
     data = folder(tmp_path)
     for path in data.glob("train/*/*"):
         path.write_text("no image")
-    with pytest.raises(SystemExit, match=r"^error: 100 files in a row .* images \(Uni\w+\); the first is .*train"):
+    with pytest.raises(SystemExit, match=r"^error: 12 files in a row .* images \(Uni\w+\); the first is .*train"):
         run(tmp_path, data=data)
 
 
