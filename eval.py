@@ -360,11 +360,13 @@ def show(args, weights):
     decoder = weights and make_decoder(args, weights, vit)
     batch = normalise(pictures)
     anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
+    names = dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS)
+    maps = {name: vit.similarity(batch, name) for name in names}
     rows = {"image": pictures / 255}
-    for name in dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS):
-        rows[f"similarity\n({name},\nbright: high)" if name != "attention" else name] = vit.similarity(batch, name)
+    for name in names:
+        rows[f"similarity\n({name},\nbright: high)" if name != "attention" else name] = maps[name]
     kind = weights.config.get("order", "semantic") if weights else "semantic"
-    order = patch_order(kind, vit.similarity(batch, anchor))
+    order = patch_order(kind, maps[anchor])
     rows[f"order\n({kind},\nby {anchor},\nbright: early)"] = order
     if decoder:
         rows |= train.decoder_rows(decoder.to(DEVICE), batch, decoder(batch, order))
