@@ -329,7 +329,8 @@ def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
                 if f"prediction_head.{name}weight" in weights), 0)
     if out != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
         return None
-    options = {name: weights.config[name] for name in ("norm_pix", "blur") if name in weights.config}
+    names = ("order", "anchor", "loss", "norm_pix", "blur")
+    options = {name: weights.config[name] for name in names if name in weights.config}
     model = SemAIM(args.img_size, args.patch_size, vit.cls_token.shape[-1], len(vit.blocks), vit.blocks[0].attn.heads,
                    query_depth=len({name.split(".")[1] for name in weights if name.startswith("query_blocks.")}),
                    head="mlp" if "prediction_head.fc2.weight" in weights else "linear", **options)
@@ -339,9 +340,21 @@ def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
 
 
 @torch.no_grad()
+def loss_by_place(model: SemAIM, images: Images, args) -> list[float]:
+    """Compute the mean loss of the patches in each eighth of the order, from first to last, on at most 2,000 images."""
+    losses = []
+    for batch, _ in eval_batches(images.evenly(2000), args):
+        with autocast(args.precision):
+            out = model(batch)
+        losses.append(out.loss_map.gather(1, out.order))
+    return [round(part.mean().item(), 4) for part in gather(losses).tensor_split(8, dim=1)]
+
+
+@torch.no_grad()
 def show(args, weights):
     """Draw what a model sees in some images: the similarity by each anchor, the order as steps and, if the file has the
-    decoder, target and prediction. With --data, also report how much the order depends on the content."""
+    decoder, target and prediction. With --data, also report how much the order depends on the content, and the loss by
+    place in the order."""
     if args.images:
         shown = Images(args.images)
     else:
@@ -357,7 +370,6 @@ def show(args, weights):
                                          [args.img_size, args.img_size]) for picture in pictures])
     options = dict(activation=args.activation) if weights and "proj.weight" in weights else {}  # CLIP
     vit = make_encoder(args, weights, **options).to(DEVICE).eval()
-    decoder = weights and make_decoder(args, weights, vit)
     batch = normalise(pictures)
     anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
     names = dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS)
@@ -368,12 +380,16 @@ def show(args, weights):
     kind = weights.config.get("order", "semantic") if weights else "semantic"
     order = patch_order(kind, maps[anchor])
     rows[f"order\n({kind},\nby {anchor},\nbright: early)"] = order
+    statistics = {} if args.images else train.order_statistics(vit, data, anchor, args)
+    decoder = weights and make_decoder(args, weights, vit)
     if decoder:
-        rows |= train.decoder_rows(decoder.to(DEVICE), batch, decoder(batch, order))
+        decoder.to(DEVICE).anchor = anchor
+        rows |= train.decoder_rows(decoder, batch, decoder(batch, order))
+        if not args.images:
+            statistics["loss_by_place"] = loss_by_place(decoder, data, args)
     path = Path(args.output_dir) / "show.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     train.draw(path, rows, cell=400 if len(pictures) < 4 else 224)
-    statistics = {} if args.images else train.order_statistics(vit, data, anchor, args)
     report(args, picture=str(path), anchor=anchor, data=args.images or args.data, **statistics)
 
 

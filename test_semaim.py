@@ -2669,6 +2669,19 @@ def test_show(tmp_path, capsys, pretrained, file, rows):
     assert picture.height == 6 + rows * 406 and picture.width == 266 + 3 * 406
     result = score(tmp_path, capsys, "show", *checkpoint, "--img_size", "48", "--anchor", "gap")
     assert 0 <= result["position_share"] <= 1 and 0 <= result["mirrored"] <= 1 and result["anchor"] == "gap"
+    assert len(result.get("loss_by_place", ())) == 8 * (file == "own")
+
+
+def test_loss_by_place(tmp_path, pretrained):
+    data = train.load_data(str(tmp_path / "data"), "val")
+    args = train.parse_args(["--batch_size", "5", "--workers", "0"])
+    order = torch.tensor([5, 0, 12, 3, 9, 1, 14, 7, 2, 15, 8, 4, 13, 6, 11, 10])
+    loss = torch.arange(16.0).where(torch.arange(16) != 5, 100.0)
+
+    def model(images):
+        return SimpleNamespace(loss_map=loss.expand(len(images), -1), order=order.expand(len(images), -1))
+
+    assert evaluation.loss_by_place(model, data, args) == [loss[pair].mean().item() for pair in order.split(2)]
 
 
 def test_a_checkpoint_says_how_it_was_made(tmp_path, capsys, pretrained):
