@@ -25,6 +25,7 @@ import pickle
 import re
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -556,13 +557,10 @@ class Run:
         if RANK == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
         if WORLD > 1:
-            token = self.folder / from_all(f"{time.time_ns()}.tmp")[0]
+            token = from_all(tempfile.mkdtemp(dir=self.folder) if RANK == 0 else None)[0]
+            shared = from_all((self.folder / Path(token).name).is_dir())
             if RANK == 0:
-                token.touch()
-            dist.barrier()
-            shared = from_all(token.exists())
-            if RANK == 0:
-                token.unlink()
+                os.rmdir(token)
             if not all(shared):
                 raise ValueError(f"--output_dir {self.folder}: not all processes see the same folder; choose one on a "
                                  "disk that all machines share")
@@ -882,20 +880,17 @@ def save_samples(run: Run, model: SemAIM, teacher, data: Images):
     views = Views(data.evenly(8), functools.partial(eval_view, size=model.img_size))
     try:
         images = torch.stack([views[0, i][0] for i in range(len(views))])
-    except OSError as e:
-        return say(f"{run.folder / 'samples.png'} is not drawn: {e}")
-    model.eval()
-    batch = normalise(images)
-    with autocast(run.args.precision):
-        # forward, because a call of a compiled model would compile it again for eight images
-        out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))
-        similarity = (teacher or model).similarity(batch, model.anchor)
-    model.train()
-    rows = {"image": images / 255, "similarity\n(bright: high)": similarity, "order\n(bright: early)": out.order}
-    try:
+        model.eval()
+        batch = normalise(images)
+        with autocast(run.args.precision):
+            # forward, because a call of a compiled model would compile it again for eight images
+            out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))
+            similarity = (teacher or model).similarity(batch, model.anchor)
+        model.train()
+        rows = {"image": images / 255, "similarity\n(bright: high)": similarity, "order\n(bright: early)": out.order}
         draw(run.folder / "samples.png", rows | decoder_rows(model, batch, out))
-    except OSError as e:
-        say(f"{run.folder / 'samples.png'} could not be written ({e.strerror}); training continues")
+    except OSError as e:  # unreadable images, or a full disk
+        say(f"{run.folder / 'samples.png'} is not drawn: {e}; training continues")
 
 
 # ---------------------------------------------------------------- training ----
