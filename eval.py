@@ -291,7 +291,8 @@ def train_classifier(args, weights, data: Images, val: Images):
         optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
         view, mixes = probe_view(args.img_size), []
     else:
-        optimizer = train.adamw(layer_decay_groups(model, args.weight_decay, args.layer_decay), betas=(0.9, 0.999))
+        groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
         view = finetune_view(args)
         mixes = [kind(alpha=alpha, num_classes=len(data.classes))
                  for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]

@@ -422,17 +422,13 @@ def ema_decay(epoch: float) -> float:
     return 0.999 + 0.0009 * min(epoch / 100, 1)
 
 
-def adamw(groups: list[dict], betas: tuple[float, float], lr: float = 0.0) -> torch.optim.AdamW:
-    """Make AdamW, fused into one kernel where the device has it. The training loop sets the learning rate."""
-    fused = groups[0]["params"][0].device.type in ("cuda", "cpu") or None
-    return torch.optim.AdamW(groups, lr, betas, fused=fused)
-
-
 def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.AdamW:
-    """Make AdamW for pre-training, without weight decay for biases and other 1-D parameters."""
+    """Make AdamW for pre-training, without weight decay for biases and other 1-D parameters. The training loop sets the
+    learning rate."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return adamw([dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
-                  dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)], (0.9, 0.95), lr)
+    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), fused=True)
 
 
 # ---------------------------------------------------------------- checkpoints ----
