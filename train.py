@@ -434,14 +434,9 @@ def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.A
 # ---------------------------------------------------------------- checkpoints ----
 
 
-def previous(path: Path) -> Path:
-    """Return the path of the backup of a checkpoint: last.pt -> last.previous.pt."""
-    return path.with_stem(path.stem + ".previous")
-
-
 def save_checkpoint(path: Path, checkpoint: dict):
-    """Write to a temporary file, flush, keep the old file as `previous`, and rename. Whenever the program is killed,
-    at least one of path and previous(path) is complete. Raises OSError."""
+    """Write to a temporary file, flush, keep the old file as NAME.previous.pt, and rename. Whenever the program is
+    killed, at least one of the two is complete. Raises OSError."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -449,7 +444,7 @@ def save_checkpoint(path: Path, checkpoint: dict):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, previous(path))
+            os.replace(path, path.with_suffix(".previous.pt"))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         temporary.unlink(missing_ok=True)
@@ -460,7 +455,7 @@ def load_checkpoint(path) -> dict:
     """Read a checkpoint of this file, or the previous one if it is corrupt, foreign or missing. Raises OSError for
     a read error, which may pass, and ValueError if there is no valid file."""
     path = Path(path)
-    for file in filter(Path.exists, (path, previous(path))):
+    for file in filter(Path.exists, (path, path.with_suffix(".previous.pt"))):
         try:
             checkpoint = torch.load(str(file), map_location="cpu", mmap=True, weights_only=True)
         except Exception as e:  # torch.load raises many types; valid checksums mean a read error, not a corrupt file
@@ -563,7 +558,8 @@ class Run:
 
     def _resume(self):
         """Restore everything from last.pt, or from --resume, and drop the log lines of steps that will be repeated."""
-        source = self.last if self.last.exists() or previous(self.last).exists() else self.args.resume
+        saved = self.last.exists() or self.last.with_suffix(".previous.pt").exists()
+        source = self.last if saved else self.args.resume
         if source:
             checkpoint = load_checkpoint(source)
             if "optimizer" not in checkpoint:
