@@ -1001,21 +1001,16 @@ def train(args):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises ValueError for wrong flags, and whose --help shows the defaults."""
+    """A parser that raises ValueError for wrong flags, and whose --help shows the defaults of flags that have one."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise ValueError(message)
 
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the defaults of all flags except switches and flags without a default."""
-
-    def _get_help_string(self, action):
-        switch = isinstance(action, argparse._StoreTrueAction)
-        return action.help if action.default is None or switch else super()._get_help_string(action)
+    def format_help(self) -> str:
+        return re.sub(r"\s+\(default:\s+None\)", "", super().format_help())
 
 
 def at_least(minimum: int, kind: type):
