@@ -482,24 +482,19 @@ def file_hash(path) -> str | None:
 
 # Flags that may differ when a run is resumed. They change nothing, or only rounding and random ties (batch_size,
 # accum_iter, compile). All others must be the same. Of files, the content is compared instead of the name.
-MAY_CHANGE = {"output_dir", "data_root", "resume", "batch_size", "accum_iter", "epochs", "stop_after", "compile",
-              "workers", "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images",
-              "per_class", "checkpoint", "teacher", "init_weights"}
-NAMES = {"total_batch": "the total batch (--batch_size x --accum_iter x processes)",
-         "images": "the number of training images", "checkpoint_hash": "the SHA-256 of --checkpoint",
-         "teacher_hash": "the SHA-256 of --teacher", "init_weights_hash": "the SHA-256 of --init_weights"}
+MAY_CHANGE = {"output_dir", "data_root", "resume", "batch_size", "accum_iter", "stop_after", "compile", "workers",
+              "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images", "per_class",
+              "checkpoint", "teacher", "init_weights"}
 
 
 def check_config(path, old: dict, new: dict):
     """Refuse to resume with settings that change the result. More epochs are allowed, and reported."""
-    for name in sorted(new.keys() - MAY_CHANGE, key=lambda name: (name in NAMES, name)):
-        if old.get(name) != new[name]:
-            raise ValueError(f"{path} was made with another value of {NAMES.get(name, '--' + name)}: {old.get(name)}, "
-                             f"now {new[name]}. Repeat the command as it was, or choose another --output_dir")
-    if new["epochs"] < old["epochs"]:
-        raise ValueError(f"{path} was made with --epochs {old['epochs']}, now {new['epochs']}: a run can be extended, "
-                         "but not shortened. Choose another --output_dir")
-    if new["epochs"] > old["epochs"]:
+    extended = new["epochs"] > old.get("epochs", math.inf)
+    for name, value in new.items():
+        if old.get(name) != value and name not in MAY_CHANGE and not (name == "epochs" and extended):
+            raise ValueError(f"{path} was made with another value of {name}: {old.get(name)}, now {value}. Repeat the "
+                             "command as it was, or choose another --output_dir")
+    if extended:
         say(f"the run is extended from {old['epochs']} to {new['epochs']} epochs; the learning rate follows the new "
             "schedule from here on")
 
