@@ -473,11 +473,6 @@ def load_checkpoint(path) -> dict:
                      "to start again" if path.exists() else f"{path}: no such file")
 
 
-def file_hash(path) -> str | None:
-    """Compute the SHA-256 of a file's bytes, which identifies it whatever its name; None without a path."""
-    return path and hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-
-
 # ---------------------------------------------------------------- the run: state, files, signals, progress ----
 
 # Flags that may differ when a run is resumed. They change nothing, or only rounding and random ties (batch_size,
@@ -515,8 +510,10 @@ class Run:
         self.steps_per_epoch = n_images // self.total_batch
         self.last_step = self.steps_per_epoch * args.epochs
         self.end = min(self.last_step, args.stop_after or self.last_step)
-        self.config = vars(args) | dict(total_batch=self.total_batch, images=n_images) | {
-            f"{name}_hash": file_hash(getattr(args, name, None)) for name in ("checkpoint", "init_weights", "teacher")}
+        self.config = vars(args) | dict(total_batch=self.total_batch, images=n_images)
+        for name in ("checkpoint", "init_weights", "teacher"):  # the content identifies a file, whatever its name
+            path = getattr(args, name, None)
+            self.config[f"{name}_hash"] = path and hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
         self.step, self.seconds, self.best = 0, 0.0, -1.0  # finished steps, training time, best score of eval.py
         self.signalled = False  # this process received a signal
