@@ -105,9 +105,8 @@ def join_processes():
 
 def from_all(value) -> list:
     """Return the values that all processes hold, in order of rank."""
-    values = [value]
+    values = [value] * WORLD
     if WORLD > 1:
-        values = [None] * WORLD
         dist.all_gather_object(values, value)
     return values
 
