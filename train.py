@@ -501,7 +501,7 @@ class Run:
     """
 
     def __init__(self, args, model, optimizer, n_images: int, ema=None):
-        self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema
+        self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema or torch.nn.Identity()
         if n_images < WORLD:
             raise ValueError(f"--data {args.data}: {n_images} images are fewer than {WORLD} processes")
         self.batch, self.accum_iter = split_batch(min(args.total_batch, n_images), args.batch_size, WORLD)
@@ -559,10 +559,8 @@ class Run:
             self.model.load_state_dict(checkpoint["model"])
             # A copy, because the optimiser would keep tensors that are mapped to the file.
             self.optimizer.load_state_dict(copy.deepcopy(checkpoint["optimizer"]))
-            if checkpoint["scaler"]:  # empty except for fp16
-                self.scaler.load_state_dict(checkpoint["scaler"])
-            if self.ema:
-                self.ema.load_state_dict(checkpoint["ema"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            self.ema.load_state_dict(checkpoint["ema"])
             self.step, self.seconds, self.best = (checkpoint[name] for name in ("step", "seconds", "best"))
             say(f"{source}: resuming after step {self.step} of {self.last_step}" if not self.finished else
                 f"{source}: all {self.step} steps are done, nothing to train")
@@ -700,7 +698,7 @@ class Run:
         if name == "last.pt":
             self.saved = time.monotonic()
             checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                               ema=self.ema.state_dict() if self.ema else {}, seconds=self.seconds, best=self.best)
+                               ema=self.ema.state_dict(), seconds=self.seconds, best=self.best)
         try:
             save_checkpoint(self.folder / name, checkpoint)
         except OSError as e:
