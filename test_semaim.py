@@ -2269,7 +2269,7 @@ def test_the_checkpoint_before_a_bad_one_is_taken(tmp_path, capsys, damage):
     whole = run(tmp_path, out="whole")
     run(tmp_path, "--save_every_minutes", "0", "--stop_after", "4")
     said = capsys.readouterr().err
-    assert "stopped after step 4 of 6" in said and "Run the same command without --stop_after to resume" in said
+    assert "stopped after step 4 of 6" in said and "Run the same command (without --stop_after) to resume" in said
     last = tmp_path / "out" / "last.pt"
     if damage == "corrupt":
         last.write_bytes(last.read_bytes()[:9999])

@@ -516,7 +516,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
         self.step, self.seconds, self.best = 0, 0.0, -1.0  # finished steps, training time, best score of eval.py
         self.signalled = False  # this process received a signal
-        self.stopping = False  # all processes stop after this step
         self.measures, self.recent = {}, []  # sums over the micro-batches of a step; seconds of the latest steps
         self.folder = Path(args.output_dir)
         self.last = self.folder / "last.pt"
@@ -595,7 +594,7 @@ class Run:
             len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.end))
         self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=not TERMINAL)
         try:
-            while self.step < self.end and not self.stopping:
+            while self.step < self.end:
                 self.started = time.monotonic()
                 yield self._micro_batches(batches)
         finally:
@@ -603,8 +602,8 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if not self.finished:
-            say(f"stopped after step {self.step} of {self.last_step}, saved in {self.last}. Run the same command"
-                + (" without --stop_after" if self.step >= (self.args.stop_after or math.inf) else "") + " to resume")
+            say(f"stopped after step {self.step} of {self.last_step}, saved in {self.last}. Run the same command "
+                "(without --stop_after) to resume")
 
     def _on_signal(self, number, _):
         """Ask the loop to save and stop. More SIGTERMs are harmless; a second Ctrl-C ends at once, without saving."""
@@ -655,10 +654,10 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
-        self.stopping = stop > 0
-        self.evaluation_due = self.finished or (self.epoch_ended(self.args.eval_every) and not self.stopping)
+        self.end = self.step if stop else self.end
+        self.evaluation_due = self.finished or (self.epoch_ended(self.args.eval_every) and not stop)
         waited = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
-        self.save_due = waited or self.evaluation_due or self.stopping or self.step == self.end
+        self.save_due = waited or self.evaluation_due or self.step == self.end
         return dict(lr=lr) | measures
 
     def log_step(self, measures: dict[str, float]):
@@ -701,7 +700,7 @@ class Run:
         try:
             save_checkpoint(self.folder / name, checkpoint)
         except OSError as e:
-            if name == "last.pt" and (self.stopping or self.step == self.end):
+            if name == "last.pt" and self.step == self.end:
                 raise
             say(f"{e}; training continues")
 
