@@ -535,14 +535,10 @@ class Run:
 
     def _check_folder(self):
         """Create --output_dir, and make sure that all processes see the same one."""
-        if RANK == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        if WORLD > 1:
-            token = from_all(tempfile.mkdtemp(dir=self.folder) if RANK == 0 else None)[0]
-            shared = from_all((self.folder / Path(token).name).is_dir())
-            if RANK == 0:
-                os.rmdir(token)
-            if not all(shared):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder) as mine:
+            seen = [(self.folder / name).exists() for name in from_all(Path(mine).name)]
+            if not all(from_all(all(seen))):
                 raise ValueError(f"--output_dir {self.folder}: not all processes see the same folder; choose one on a "
                                  "disk that all machines share")
 
