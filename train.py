@@ -328,23 +328,20 @@ class Views(Dataset):
     def __init__(self, images: Images, transform, seed: int = 0):
         self.images, self.transform, self.seed = images, transform, seed
 
-    def __len__(self):
-        return len(self.images)
-
     def __getitem__(self, key):
         epoch, index = key
         torch.default_generator.manual_seed(hash((self.seed, epoch, index)))  # ten times faster than torch.manual_seed
         unreadable = -1
         for other in range(index, index + 100):
-            other %= len(self)
+            other %= len(self.images)
             try:
                 image = self.images.load(other)
                 break
             except Exception as e:  # Pillow raises many types for damaged files
                 unreadable, why = index, type(e).__name__
         else:
-            raise OSError(f"{min(100, len(self))} files in a row are not readable as images ({why}); the first is "
-                          f"{self.images.path(index)}")
+            raise OSError(f"{min(100, len(self.images))} files in a row are not readable as images ({why}); the first "
+                          f"is {self.images.path(index)}")
         label = -1 if self.images.labels is None else int(self.images.labels[other])
         return self.transform(image), label, unreadable
 
@@ -587,7 +584,7 @@ class Run:
         (images (n, 3, H, W) normalised, labels (n,)) on the device; exhaust it before update()."""
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         batches = load_batches(views, self.args.workers, batch_sampler=batch_keys(
-            len(views), self.batch, self.accum_iter, self.args.seed, self.step, self.end))
+            len(views.images), self.batch, self.accum_iter, self.args.seed, self.step, self.end))
         self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", smoothing=0.05, disable=not TERMINAL)
         try:
             while self.step < self.end:
@@ -852,7 +849,7 @@ def save_samples(run: Run, model: SemAIM, teacher, data: Images):
         return
     views = Views(data.evenly(8), functools.partial(eval_view, size=model.img_size))
     try:
-        images = torch.stack([views[0, i][0] for i in range(len(views))])
+        images = torch.stack([views[0, i][0] for i in range(len(views.images))])
         batch = normalise(images)
         with autocast(run.args.precision):
             # forward, because a call of a compiled model would compile it again for eight images
