@@ -60,6 +60,8 @@ RECIPES = {
     "vit_huge": PAPER | dict(batch_size=64),
 }
 DATASETS = dict(shapes="", cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")  # torchvision's names
+DATA_HELP = f"{', '.join(DATASETS)}, or a folder of images"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -254,9 +256,6 @@ def load_torchvision(data: str, split: str, data_root: str) -> Images:
     images = torch.as_tensor(source.data)
     images = images[:, None].expand(-1, 3, -1, -1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return Images(images, torch.as_tensor(source.targets), source.classes)
-
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 def list_images(folder: Path) -> list[str]:
@@ -997,9 +996,6 @@ def at_least(minimum: int, kind: type):
 
 
 positive, not_negative, decimal = at_least(1, int), at_least(0, int), at_least(0, float)
-
-
-DATA_HELP = f"{', '.join(DATASETS)}, or a folder of images"
 
 
 def machine_defaults(arch: str, data: str) -> dict:
