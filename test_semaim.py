@@ -2206,7 +2206,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(SystemExit, match="there are no images in .*empty"):
         run(tmp_path, data=tmp_path / "empty")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(SystemExit, match="text.pt is corrupt, or from another program"):
+    with pytest.raises(SystemExit, match="text.pt is corrupt or not a run's last.pt"):
         run(tmp_path, "--resume", str(tmp_path / "text.pt"))
     run(tmp_path)
     with pytest.raises(SystemExit, match="last.pt was made with another value of arch: vit_nano, now vit_tiny"):
@@ -2280,7 +2280,7 @@ def test_the_checkpoint_before_a_bad_one_is_taken(tmp_path, capsys, damage):
     again = run(tmp_path)
     said = capsys.readouterr().err
     assert "last.pt: resuming after step 3 of 6" in said
-    assert ("last.pt is corrupt, or from another program; renamed to last.bad" in said) == (damage != "missing")
+    assert ("last.pt is corrupt or not a run's last.pt; renamed to last.bad" in said) == (damage != "missing")
     assert (tmp_path / "out" / "last.bad").exists() == (damage != "missing")  # the previous checkpoint was kept
     assert all(torch.equal(again["model"][name], w) for name, w in whole["model"].items())
 
@@ -2288,7 +2288,7 @@ def test_the_checkpoint_before_a_bad_one_is_taken(tmp_path, capsys, damage):
 def test_a_bad_checkpoint_with_none_before_it_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last.pt").write_text("something dear")
-    with pytest.raises(SystemExit, match="last.pt is corrupt, or from another program.* move it away to start again"):
+    with pytest.raises(SystemExit, match="last.pt is corrupt or not a run's last.pt.* move it away to start again"):
         run(tmp_path)
     assert (tmp_path / "out" / "last.pt").read_text() == "something dear"
 
@@ -2379,7 +2379,7 @@ def test_a_micro_batch_of_one_image():
 
 def test_weights_alone_are_not_resumed(tmp_path):
     run(tmp_path, "--keep_every", "1")
-    with pytest.raises(SystemExit, match="epoch-1.pt holds only weights; resume from a last.pt, or use --init_weights"):
+    with pytest.raises(SystemExit, match="epoch-1.pt is corrupt or not a run's last.pt"):
         run(tmp_path, "--resume", str(tmp_path / "out" / "epoch-1.pt"), out="other")
     torch.save(clip_weights(), tmp_path / "clip.pt")
     with pytest.raises(SystemExit, match="clip.pt is a CLIP tower, which is another kind of ViT"):

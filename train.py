@@ -458,14 +458,14 @@ def load_checkpoint(path) -> dict:
                 if not isinstance(e, pickle.UnpicklingError) and zipfile.ZipFile(file).testzip() is None:
                     raise OSError(f"{file} could not be read ({str(e).splitlines()[0]}); try again") from e
             continue
-        if not {"model", "config", "step"} <= set(checkpoint):
+        if not {"model", "config", "step", "optimizer"} <= set(checkpoint):
             continue
         if file != path and RANK == 0 and path.exists():  # or the next save would keep it as `previous`
             os.replace(path, path.with_suffix(".bad"))
-            say(f"{path} is corrupt, or from another program; renamed to {path.stem}.bad, and {file.name} is used")
+            say(f"{path} is corrupt or not a run's last.pt; renamed to {path.stem}.bad, and {file.name} is used")
         return checkpoint
-    raise ValueError(f"{path} is corrupt, or from another program, and there is no previous checkpoint; move it away "
-                     "to start again" if path.exists() else f"{path}: no such file")
+    raise ValueError(f"{path} is corrupt or not a run's last.pt, and there is no previous checkpoint; move it "
+                     "away to start again" if path.exists() else f"{path}: no such file")
 
 
 # ---------------------------------------------------------------- the run: state, files, signals, progress ----
@@ -544,8 +544,6 @@ class Run:
         source = self.last if saved else self.args.resume
         if source:
             checkpoint = load_checkpoint(source)
-            if "optimizer" not in checkpoint:
-                raise ValueError(f"{source} holds only weights; resume from a last.pt, or use --init_weights")
             check_config(source, checkpoint["config"], self.config)
             self.model.load_state_dict(checkpoint["model"])
             # A copy, because the optimiser would keep tensors that are mapped to the file.
