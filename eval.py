@@ -27,8 +27,8 @@ from torchvision.transforms import InterpolationMode, v2
 import train
 from semaim import (ANCHORS, ARCHS, SemAIM, ViT, load_weights, patch_order, pool_tokens, resize_positions,
                     vit_like)
-from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, collect, eval_batches, gather,
-                   knn_votes, learning_rate, load_data, normalise, positive, say)
+from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, gather, knn_votes, learning_rate,
+                   load_data, map_views, normalise, positive, say)
 
 # The release's recipes, for ViT-B on ImageNet. NANO: what differs for vit_nano, on small data sets and a CPU.
 RECIPES = {
@@ -191,20 +191,15 @@ def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list
     report(args, **score(guesses, truth), images=len(truth), **more)
 
 
-@torch.no_grad()
 def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
     """Predict the five best classes (n, 5) of all images, in evaluation mode; also return the labels (n,)."""
     for buffer in model.buffers() if WORLD > 1 else ():  # the BatchNorm statistics of the first process are used
         dist.broadcast(buffer, 0)
     was_training = model.training
     model.eval()
-    guesses, labels = [], []
-    for batch, label in eval_batches(images, args):
-        with autocast(args.precision):
-            guesses.append(best_five(model(batch)))
-        labels.append(label)
+    result = map_views(lambda batch: best_five(model(batch)), images, args)
     model.train(was_training)
-    return collect(guesses, labels)
+    return result
 
 
 # ---------------------------------------------------------------- tasks ----
@@ -340,15 +335,14 @@ def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
     return model.eval()
 
 
-@torch.no_grad()
 def loss_by_place(model: SemAIM, images: Images, args) -> list[float]:
     """Compute the mean loss of the patches in each eighth of the order, from first to last, on at most 2,000 images."""
-    losses = []
-    for batch, _ in eval_batches(images.evenly(2000), args):
-        with autocast(args.precision):
-            out = model(batch)
-        losses.append(out.loss_map.gather(1, out.order))
-    return [round(part.mean().item(), 4) for part in gather(losses).tensor_split(8, dim=1)]
+    def losses(batch):
+        out = model(batch)
+        return out.loss_map.gather(1, out.order)
+
+    parts = map_views(losses, images.evenly(2000), args)[0].tensor_split(8, dim=1)
+    return [round(part.mean().item(), 4) for part in parts]
 
 
 @torch.no_grad()

@@ -698,47 +698,36 @@ class Run:
 # ---------------------------------------------------------------- evaluation ----
 
 
-def eval_batches(images: Images, args):
-    """Yield (normalised views (n, 3, size, size), labels (n,)) of this process's share of the images, in the evaluation
-    view. The label is -1 for unreadable and unlabelled images."""
+def gather(batches: list[torch.Tensor]) -> torch.Tensor:
+    """Join the batches (n, ...) of all processes: (total, ...), in the order of the images."""
+    return torch.cat([part.to(DEVICE) for part in from_all(torch.cat(batches).cpu())])
+
+
+@torch.no_grad()
+def map_views(function, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """Apply a function to normalised batches (n, 3, size, size) of the evaluation views of all images, which the
+    processes share -> its joined results (total, ...) and the labels (total,), without unreadable images."""
     if len(images) < WORLD:
         raise ValueError(f"--data {args.data}: {len(images)} images are fewer than {WORLD} processes")
     keys = [(0, index) for index in torch.arange(len(images)).tensor_split(WORLD)[RANK].tolist()]
     batches = load_batches(Views(images, functools.partial(eval_view, size=args.img_size)), args.workers,
                            sampler=keys, batch_size=args.batch_size)
+    results = []
     for batch, labels, unreadable in tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / args.batch_size),
                                           leave=False, disable=not TERMINAL):
-        yield batch, torch.where(unreadable.to(DEVICE, non_blocking=True) < 0, labels, -1)
+        with autocast(args.precision):
+            results.append((function(batch), labels, unreadable))
+    values, labels, unreadable = (gather(part) for part in zip(*results))
+    return values[unreadable < 0], labels[unreadable < 0]
 
 
-def gather(batches: list[torch.Tensor]) -> torch.Tensor:
-    """Join the batches (n, ...) of all processes: (total, ...), in the order of the images."""
-    part = torch.cat(batches)
-    if WORLD == 1:
-        return part
-    sizes = from_all(len(part))
-    padded = torch.cat([part, part.new_zeros(max(sizes) - len(part), *part.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-
-def collect(values: list, labels: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Join the batches of values (n, ...) and labels (n,) of all processes, without those of label -1."""
-    values, labels = gather(values), gather(labels)
-    return values[labels >= 0], labels[labels >= 0]
-
-
-@torch.no_grad()
 def features(model, images: Images, args, pools) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the frozen features of a ViT, pooled in P ways ("cls", "mean"): (n, P, D), and the labels (n,)."""
-    values, labels = [], []
-    for batch, label in eval_batches(images, args):
-        with autocast(args.precision):
-            tokens = model.tokens(batch)
-        values.append(torch.stack([pool_tokens(tokens, pool) for pool in pools], dim=1))
-        labels.append(label)
-    return collect(values, labels)
+    def pooled(batch):
+        tokens = model.tokens(batch)
+        return torch.stack([pool_tokens(tokens, pool) for pool in pools], dim=1)
+
+    return map_views(pooled, images, args)
 
 
 def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 256):
@@ -763,18 +752,16 @@ def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, fl
     return {f"knn_{pool}": round(100 * hits.float().mean().item(), 2) for pool, hits in zip(pools, right)}
 
 
-@torch.no_grad()
 def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, float]:
     """Measure on at most 2,000 images whether the order follows the content.
 
     position_share: the share of the variance of the similarity maps, each minus its own mean, that their average map
     explains. 1 means that all images have the same map. mirrored: the share of images whose most similar patch moves to
     the mirrored place when the image is flipped."""
-    pairs = []
-    for batch, _ in eval_batches(images.evenly(2000), args):
-        with autocast(args.precision):
-            pairs.append(torch.stack([encoder.similarity(x, anchor) for x in (batch, batch.flip(-1))], dim=1))
-    maps, flipped = gather(pairs).float().unbind(1)
+    def pairs(batch):
+        return torch.stack([encoder.similarity(x, anchor) for x in (batch, batch.flip(-1))], dim=1)
+
+    maps, flipped = map_views(pairs, images.evenly(2000), args)[0].float().unbind(1)
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
     grid = math.isqrt(maps.shape[1])
