@@ -1091,7 +1091,7 @@ def test_what_happens_to_each_odd_file(tmp_path, monkeypatch, capsys):
     said, happened = capsys.readouterr().err, {}
     for name, path in found.items():
         if path.is_dir():
-            assert f"class folders without images): {path}\n" in said
+            assert f"class folders with images): {path}\n" in said
             happened[name] = "named, no class"
             continue
         index = [images.path(i) for i in range(len(images))].index(str(path))
@@ -2434,7 +2434,7 @@ def test_a_stray_image_does_not_drop_the_labels(tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(data / "train" / "montage.jpg")
     images = train.load_data(str(data), "train")
     assert images.classes == ["cat", "dog"] and len(images) == 12
-    assert f"without images): {data / 'train' / 'montage.jpg'}\n" in capsys.readouterr().err
+    assert f"(not class folders with images): {data / 'train' / 'montage.jpg'}\n" in capsys.readouterr().err
 
 
 def test_a_passing_error_is_not_taken_for_a_bad_checkpoint(tmp_path, monkeypatch):

@@ -278,12 +278,9 @@ def load_folder(folder: Path, classes=None) -> Images:
     if not named:
         return Images(paths)
     names = {name for _, name in named}
-    outside = {path for path in paths if path.count(os.sep) == place}
-    empty = {entry.path for entry in os.scandir(folder) if entry.is_dir() and entry.name not in names
-             and not entry.name.startswith(".")}
-    other = sorted(outside | empty)
+    other = sorted(str(path) for path in folder.glob("[!.]*") if path.name not in names)
     if other:
-        say(f"{len(other)} ignored (images outside class folders, class folders without images): "
+        say(f"{len(other)} ignored (not class folders with images): "
             + ", ".join(other[:3]) + ", ..." * (len(other) > 3))
     number = {name: i for i, name in enumerate(classes or sorted(names))}
     if not names <= number.keys():
