@@ -917,8 +917,6 @@ def test_ema_teacher_follows_the_closed_form():
         semaim.ema_update(teacher, model, 0.9)
     expected = 0.9**20 * start + sum(0.1 * 0.9 ** (19 - i) * w for i, w in enumerate(seen))
     torch.testing.assert_close(teacher.vit.blocks[0].attn.qkv.weight, expected)
-    assert (train.ema_decay(0), train.ema_decay(50), train.ema_decay(100), train.ema_decay(300)) == pytest.approx(
-        (0.999, 0.99945, 0.9999, 0.9999))
 
 
 def test_teacher_decides_order_and_target():

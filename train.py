@@ -409,11 +409,6 @@ def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, 
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
 
-def ema_decay(epoch: float) -> float:
-    """Return the decay of the "ema" teacher: 0.999, rising to 0.9999 over the first 100 epochs."""
-    return 0.999 + 0.0009 * min(epoch / 100, 1)
-
-
 def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.AdamW:
     """Make AdamW for pre-training, without weight decay for biases and other 1-D parameters. The training loop sets the
     learning rate."""
@@ -932,8 +927,8 @@ def train(args):
 
         # Clip, check that all is finite, update the weights, count the step, decide whether a save is due.
         measures = run.update(lr)
-        if args.target == "ema":
-            ema_update(teacher, model, ema_decay(epoch))
+        if args.target == "ema":  # the decay rises from 0.999 to 0.9999 over the first 100 epochs
+            ema_update(teacher, model, decay=0.999 + 0.0009 * min(epoch / 100, 1))
         run.log_step(measures)
 
         # Save before evaluating, which may take longer than a scheduler waits after SIGTERM.
