@@ -84,9 +84,8 @@ def join_processes():
     started without torchrun."""
     tasks = max(int(os.environ.get(name, 1)) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
-        raise ValueError(f"{tasks} separate copies of this program were started, and all would write the same files. "
-                         "Start one task per node and let torchrun start the processes: srun --ntasks-per-node=1 "
-                         "torchrun --nproc_per_node=GPUS ...")
+        raise ValueError(f"{tasks} separate copies of this program were started, and would write the same files. Start "
+                         "one torchrun per node: srun --ntasks-per-node=1 torchrun --nproc_per_node=GPUS ...")
     cuda = DEVICE.type == "cuda"
     if cuda:
         torch.cuda.set_device(DEVICE)
@@ -98,8 +97,8 @@ def join_processes():
             # torchrun's store survives restarts; prefix the keys so that workers do not read stale addresses.
             store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             if WORLD > LOCAL_WORLD and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-                say("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun on every "
-                    "node, because nodes may count restarts differently and then wait for each other")
+                say("--max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node, because "
+                    "nodes may count restarts differently and then wait for each other")
         dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD,
                                 timeout=datetime.timedelta(minutes=30),  # listing or saving may take a while
                                 device_id=DEVICE if cuda else None)
@@ -510,8 +509,7 @@ class Run:
         self._check_folder()
         self._resume()
         if self.total_batch < args.total_batch:
-            say(f"the total batch is {self.total_batch} (--batch_size {self.batch} x --accum_iter {self.accum_iter} x "
-                f"{WORLD} processes) instead of {args.total_batch}, because there are only {n_images} images")
+            say(f"the total batch is {self.total_batch} instead of {args.total_batch}: only {n_images} images")
         if args.epochs <= args.warmup_epochs:
             say(f"--epochs {args.epochs} is within --warmup_epochs {args.warmup_epochs:g}: the learning rate stays low")
         if args.compile and args.grad_checkpointing:  # DDP's graph splitting fails on checkpoints (torch 2.6)
@@ -628,8 +626,7 @@ class Run:
         if not math.isfinite(measures["loss"] + (0 if self.scaler.is_enabled() else measures["grad_norm"])):
             raise ValueError(f"the loss is {measures['loss']} (gradient norm {measures['grad_norm']}) at step "
                              f"{self.step}. {self.folder} keeps the last checkpoint before it, if there is one. Start "
-                             "again with a lower --blr or --precision fp32 in another --output_dir; --init_weights "
-                             "takes over the weights")
+                             "again with a lower --blr or --precision fp32 in another --output_dir")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         self.scaler.step(self.optimizer)
@@ -1065,8 +1062,7 @@ def parse_args(argv=None):
         help="evaluate on at most this many images of train and of val; 0: no evaluation")
     args = parser.parse_args(argv)
     if (args.target in ("dino", "clip")) != (args.teacher is not None):
-        raise ValueError(f"--target {args.target} " + ("takes no --teacher" if args.teacher else
-                         "needs --teacher FILE, the weights of the teacher"))
+        raise ValueError(f"--target {args.target} {'takes no' if args.teacher else 'needs'} --teacher FILE")
     args.output_dir = args.output_dir or f"output/{args.arch}-{Path(args.data).resolve().name}-{args.target}"
     settle_batch(args, recipe)
     return args
@@ -1084,8 +1080,7 @@ def user_errors():
     except RuntimeError as e:
         if not re.search("out of memory|not enough memory|cannot allocate memory", str(e), re.IGNORECASE):
             raise
-        raise SystemExit("error: out of memory; lower --batch_size (accumulation keeps the total batch), or add "
-                         "--grad_checkpointing") from None
+        raise SystemExit("error: out of memory; lower --batch_size or add --grad_checkpointing") from None
     except KeyboardInterrupt:
         raise SystemExit("error: interrupted; run the same command to resume from the last checkpoint, if there is one")
     if dist.is_initialized():  # not after an error: the other processes may wait in another collective
