@@ -839,18 +839,17 @@ def save_samples(run: Run, model: SemAIM, teacher, data: Images):
 
 def load_initial_weights(model: SemAIM, path):
     """Start from the weights of a file, as far as their names match, and report the rest."""
-    weights, own = load_weights(path), model.state_dict()
+    weights = load_weights(path)
     say(weights.summary)
     if "proj.weight" in weights:
         raise ValueError(f"{path} is a CLIP tower, which is another kind of ViT; use it as a --teacher")
-    for name in weights.keys() & own.keys():
-        if weights[name].shape != own[name].shape:
-            raise ValueError(f"{path}: {name} is {tuple(weights[name].shape)}, but the model's is "
-                             f"{tuple(own[name].shape)}; see --arch, --img_size and --patch_size")
-    missing, unused = model.load_state_dict(weights, strict=False)
-    say(f"{len(own) - len(missing)} of the model's {len(own)} tensors were loaded"
-        + (f"; not in the file: {', '.join(missing[:3])}, ..." if missing else "")
-        + (f"; not used: {', '.join(unused[:3])}, ..." if unused else ""))
+    try:
+        missing, unused = model.load_state_dict(weights, strict=False)
+    except RuntimeError as e:  # its last line names a tensor and both shapes
+        why = str(e).splitlines()[-1].strip()
+        raise ValueError(f"{path} has another --arch, --img_size or --patch_size: {why}") from None
+    say(f"{len(weights) - len(unused)} tensors were loaded, {len(missing)} are not in the file {missing[:3]}, "
+        f"{len(unused)} are not used {unused[:3]}")
 
 
 def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
@@ -903,10 +902,9 @@ def train(args):
     optimizer = make_optimizer(model, args.weight_decay)
     run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    labels = f"{len(data.classes)} classes" if data.classes else "no labels"
     say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
-        f"{args.data}: {len(data):,} images, {labels}, {len(val) if val else 'none'} for evaluation; {run.last_step:,} "
-        f"steps of {run.total_batch} on {WORLD} x {DEVICE.type} in {args.precision}, results in {run.folder}")
+        f"{args.data}: {len(data):,} images in {len(data.classes or ())} classes, {len(val or ()):,} for evaluation; "
+        f"{run.last_step:,} steps of {run.total_batch} on {WORLD} x {DEVICE.type} in {args.precision}; {run.folder}")
     if run.evaluation_due:
         evaluate(run, teacher, data, val)
 
