@@ -311,7 +311,7 @@ def train_classifier(args, weights, data: Images, val: Images):
         if run.save_due:
             run.save()
 
-    if run.finished:
+    if run.step == run.last_step:
         report_score(args, *(result or classify(model, val, args)), data.classes, best_top1=run.best,
                      step=run.last_step)
 

@@ -550,17 +550,13 @@ class Run:
             os.replace(log.with_suffix(".tmp"), log)
         # The run may have been interrupted before an evaluation. The log line of an evaluation has no loss.
         evaluated = any(f'"step": {self.step},' in line and '"loss"' not in line for line in lines)
-        self.evaluation_due = not from_all(evaluated)[0] and (self.finished or self.epoch_ended(self.args.eval_every))
+        ended = self.step == self.last_step or self.epoch_ended(self.args.eval_every)
+        self.evaluation_due = ended and not from_all(evaluated)[0]
 
     @property
     def epoch(self) -> float:
         """The number of finished epochs, with its fraction."""
         return self.step / self.steps_per_epoch
-
-    @property
-    def finished(self) -> bool:
-        """Whether the last step of the last epoch is done."""
-        return self.step == self.last_step
 
     def epoch_ended(self, every: int) -> bool:
         """Whether the finished step ends an epoch that is a multiple of `every` (0: never)."""
@@ -581,7 +577,7 @@ class Run:
             self.bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if not self.finished:
+        if self.step < self.last_step:
             say(f"stopped after step {self.step} of {self.last_step}, saved in {self.last}. Run the same command "
                 "(without --stop_after) to resume")
 
@@ -634,7 +630,7 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         self.end = self.step if stop else self.end
-        self.evaluation_due = self.finished or (self.epoch_ended(self.args.eval_every) and not stop)
+        self.evaluation_due = self.step == self.last_step or (self.epoch_ended(self.args.eval_every) and not stop)
         waited = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
         self.save_due = waited or self.evaluation_due or self.step == self.end
         return dict(lr=lr) | measures
@@ -935,7 +931,7 @@ def train(args):
         if run.evaluation_due:
             evaluate(run, teacher, data, val)
 
-    if run.finished:
+    if run.step == run.last_step:
         skipped = set().union(*from_all(data.unreadable))
         if skipped:
             say(f"{len(skipped)} of {len(data)} files were skipped, not readable as images")
