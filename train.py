@@ -247,8 +247,7 @@ def load_torchvision(data: str, split: str, data_root: str) -> Images:
         with contextlib.redirect_stdout(sys.stderr):
             if LOCAL_RANK == 0:
                 kind(data_root, train=split == "train", download=True)
-            if WORLD > 1:
-                dist.barrier()
+            from_all("downloaded")  # the others wait for it
             source = kind(data_root, train=split == "train")
     except (OSError, RuntimeError) as e:
         raise OSError(f"--data {data} is not in --data_root {data_root}, and the download failed ({e})") from None
