@@ -747,9 +747,8 @@ def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, fl
     maps, flipped = map_views(pairs, images.evenly(2000), args)[0].float().unbind(1)
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
-    grid = math.isqrt(maps.shape[1])
-    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid
-    mirrored = flipped.argmax(1) == row * grid + grid - 1 - column
+    back = flipped.unflatten(1, (math.isqrt(maps.shape[1]), -1)).flip(2).flatten(1)
+    mirrored = maps.argmax(1) == back.argmax(1)
     return dict(position_share=round(share.item(), 4), mirrored=round(mirrored.float().mean().item(), 4))
 
 
@@ -873,10 +872,8 @@ def teacher_inputs(teacher, images: torch.Tensor, anchor: str) -> dict[str, torc
     """Compute what SemAIM.forward needs from a teacher: its tokens and, for the anchor "attention", its map."""
     if teacher is None:
         return {}
-    inputs = dict(teacher_tokens=teacher(images))
-    if anchor == "attention":
-        inputs["similarity"] = teacher.similarity(images, anchor)
-    return inputs
+    similarity = teacher.similarity(images, anchor) if anchor == "attention" else None
+    return dict(teacher_tokens=teacher(images), similarity=similarity)
 
 
 def feature_spread(tokens: torch.Tensor) -> torch.Tensor:
