@@ -483,8 +483,7 @@ class Run:
     """A training run: its model, optimiser and step, its files in --output_dir, signals and progress.
 
     The run resumes from last.pt if the folder has one. train() below shows how it is used. n_images: the size of the
-    training set; ema: a module that is saved with the model. Raises ValueError or OSError.
-    """
+    training set; ema: a module that is saved with the model. Raises ValueError or OSError."""
 
     def __init__(self, args, model, optimizer, n_images: int, ema=None):
         self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema or torch.nn.Identity()
@@ -980,8 +979,7 @@ def add_shared_flags(parser: Parser, recipe: dict):
     add("--workers", type=not_negative, default=recipe["workers"], help="loader processes")
     add = parser.add_argument_group("machine").add_argument
     add("--output_dir", help="default: a folder named after the run")
-    add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"],
-        help="precision of the forward pass")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"], help="of the forward pass")
     add("--batch_size", type=positive, help="largest number of images in a micro-batch of a process; a value above "
         f"the process's share of the total batch makes the total larger (default: {recipe['batch_size']})")
     add("--seed", type=int, default=0, help="seed of weights, data order, views and patch orders")
@@ -1040,15 +1038,13 @@ def parse_args(argv=None):
     add("--head", default="mlp", choices=("mlp", "linear"), help="the prediction head")
     add("--teacher", metavar="FILE", help="weights of the teacher for --target dino or clip")
     add("--teacher_heads", type=positive, metavar="N", help="attention heads of the teacher (default: 64 wide each)")
-    add("--teacher_activation", default="quick_gelu", choices=("quick_gelu", "gelu"),
-        help="activation of a CLIP teacher")
+    add("--teacher_activation", default="quick_gelu", choices=("quick_gelu", "gelu"), help="of a CLIP teacher")
     add("--init_weights", metavar="FILE", help="weights to start from (default: random)")
     add_shared_flags(parser, recipe)
     add = add_training_flags(parser, recipe)
     add("--keep_every", type=not_negative, default=recipe["keep_every"], metavar="EPOCHS",
         help="keep the weights this often, as epoch-N.pt; 0: never")
-    add("--knn_images", type=not_negative, default=60_000,
-        help="evaluate on at most this many images of train and of val; 0: no evaluation")
+    add("--knn_images", type=not_negative, default=60_000, help="most images of train and val to evaluate on; 0: none")
     args = parser.parse_args(argv)
     if (args.target in ("dino", "clip")) != (args.teacher is not None):
         raise ValueError(f"--target {args.target} {'takes no' if args.teacher else 'needs'} --teacher FILE")
