@@ -1103,7 +1103,7 @@ def test_what_happens_to_each_odd_file(tmp_path, monkeypatch, capsys):
             top, bottom = colour(views[0][0][:, :12]), colour(views[0][0][:, -12:])
             happened[name] = f"decoded: {top} above {bottom}" if top != bottom else f"decoded: {top}"
     bad = list(happened.values()).count("named, counted, left out")
-    assert f"{bad} of {len(images)} files were skipped, not readable as images" in said
+    assert f"{bad} of {len(images)} images could not be read" in said
     assert happened == {name: what for what, names in WHAT_HAPPENS.items() for name in names.split("; ")}
 
 
@@ -2227,7 +2227,7 @@ def test_an_unreadable_image_is_named_and_left_out(tmp_path, capsys):
     assert run(tmp_path, "--knn_images", "100", data=data)["step"] == 6
     said = capsys.readouterr().err
     assert [said.count(f"skipped, not readable as an image: {path}") for path in broken] == [1, 1]
-    assert "1 of 12 files were skipped" in said
+    assert "1 of 12 images could not be read" in said
 
 
 def test_the_next_image_replaces_one_that_a_decoder_fails_on(tmp_path, monkeypatch):

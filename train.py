@@ -135,8 +135,7 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     y, x = line[:, None], line[None, :]
 
     # Background: smooth noise and a grating around one grey tone; clutter: three small discs of another grey.
-    smooth = torch.rand(n, 3, 4, 4, generator=generator)
-    smooth = F.interpolate(smooth, size=(size, size), mode="bilinear", align_corners=True)
+    smooth = F.interpolate(torch.rand(n, 3, 4, 4, generator=generator), size, mode="bilinear", align_corners=True)
     angle = uniform(0, math.pi)
     grating = torch.sin(uniform(6, 14) * (x * angle.cos() + y * angle.sin()))
     image = uniform(0.35, 0.55, 1) + 0.12 * (smooth - 0.5) + uniform(0, 0.03, 1) * grating[:, None]
@@ -150,7 +149,7 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
     rho, phi = (u**2 + v**2).sqrt(), torch.atan2(v, u)
     square = torch.maximum(u.abs(), v.abs())
-    inside = (
+    inside = torch.stack([
         rho < 0.95,  # disc
         (rho < 1) & (rho > 0.65),  # ring
         (rho < 1) & ((rho * 2.5).floor() % 2 == 0),  # target
@@ -161,8 +160,7 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
         (square < 0.9) & ((v * 2.5 + 0.5).floor() % 2 == 0),  # bars
         (rho < 1) & (v > 0),  # half disc
         (((u * 1.5) % 1 - 0.5) ** 2 + ((v * 1.5) % 1 - 0.5) ** 2 < 0.1) & (square < 1),  # dots
-    )
-    inside = torch.stack(inside, 1)[torch.arange(n), labels][:, None]
+    ], dim=1)[torch.arange(n), labels][:, None]
     colour = torch.rand(n, 3, generator=generator)  # stretched until its strongest channel is 1 and its weakest 0
     low, high = colour.amin(1, keepdim=True), colour.amax(1, keepdim=True)
     colour = ((colour - low) / (high - low))[..., None, None]
@@ -861,9 +859,8 @@ def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
         teacher = ema_teacher(model)
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
-        model.compile(fullgraph=True)
-        if teacher:
-            teacher.compile(fullgraph=True)
+        for module in filter(None, (model, teacher)):
+            module.compile(fullgraph=True)
     return model, teacher
 
 
@@ -927,9 +924,8 @@ def train(args):
 
     if run.step == run.last_step:
         skipped = set().union(*from_all(data.unreadable))
-        if skipped:
-            say(f"{len(skipped)} of {len(data)} files were skipped, not readable as images")
-        say(f"done: {run.last_step} steps in {run.seconds / 60:.1f} min; see {run.folder / 'samples.png'}")
+        say(f"done: {run.last_step} steps in {run.seconds / 60:.1f} min; see {run.folder / 'samples.png'}. "
+            f"{len(skipped)} of {len(data)} images could not be read")
 
 
 # ---------------------------------------------------------------- command line ----
