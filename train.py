@@ -695,8 +695,8 @@ def map_views(function, images: Images, args) -> tuple[torch.Tensor, torch.Tenso
     results = []
     for batch, labels, unreadable in tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / args.batch_size),
                                           leave=False, disable=not TERMINAL):
-        with autocast(args.precision):
-            results.append((function(batch), labels, unreadable))
+        with autocast(args.precision):  # copies, because a tensor of a loader worker keeps a file open
+            results.append((function(batch), labels.clone(), unreadable.clone()))
     values, labels, unreadable = (gather(part) for part in zip(*results))
     return values[unreadable < 0], labels[unreadable < 0]
 
