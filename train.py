@@ -242,11 +242,10 @@ def load_torchvision(data: str, split: str, data_root: str) -> Images:
     """Read a data set of torchvision from data_root, or download it there once per machine."""
     kind = getattr(torchvision.datasets, DATASETS[data])
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            if LOCAL_RANK == 0:
-                kind(data_root, train=split == "train", download=True)
-            from_all("downloaded")  # the others wait for it
-            source = kind(data_root, train=split == "train")
+        if LOCAL_RANK == 0:
+            kind(data_root, train=split == "train", download=True)
+        from_all("downloaded")  # the others wait for it
+        source = kind(data_root, train=split == "train")
     except (OSError, RuntimeError) as e:
         raise OSError(f"--data {data} is not in --data_root {data_root}, and the download failed ({e})") from None
     images = torch.as_tensor(source.data)
