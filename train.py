@@ -512,7 +512,7 @@ class Run:
         # The model as the training loop must call it: DDP averages gradients over processes, in few large buckets.
         self.forward = model if WORLD == 1 else DistributedDataParallel(
             model, gradient_as_bucket_view=True, bucket_cap_mb=100)
-        self.saved = time.monotonic()
+        self.saved = self.printed = time.monotonic()
 
     def _check_folder(self):
         """Create --output_dir, and make sure that all processes see the same one."""
@@ -643,7 +643,8 @@ class Run:
         self.log(**measures, images_per_s=speed)
         shown = f"loss {measures['loss']:.4f}, lr {measures['lr']:.1e}, {speed:.0f} images/s"
         self.bar.set_postfix_str(shown, refresh=False)
-        if not TERMINAL:
+        if not TERMINAL and (time.monotonic() - self.printed > 30 or self.step == self.end):
+            self.printed = time.monotonic()
             minutes = (self.last_step - self.step) * self.total_batch / speed / 60
             say(f"step {self.step} of {self.last_step}, {shown}, {minutes:.0f} min left")
 
