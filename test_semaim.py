@@ -2340,7 +2340,7 @@ def test_a_finished_run_has_nothing_to_do(finished, capsys):
     before = (finished / "out" / "last.pt").read_bytes()
     run(finished)
     said = capsys.readouterr().err
-    assert "last.pt: resuming after step 6 of 6" in said and "done: 6 steps" in said
+    assert "last.pt: all 6 steps are done, nothing to train" in said and "done:" not in said
     assert (finished / "out" / "last.pt").read_bytes() == before
 
 

@@ -536,7 +536,8 @@ class Run:
             self.scaler.load_state_dict(checkpoint["scaler"])
             self.ema.load_state_dict(checkpoint["ema"])
             self.step, self.seconds, self.best = (checkpoint[name] for name in ("step", "seconds", "best"))
-            say(f"{source}: resuming after step {self.step} of {self.last_step}")
+            say(f"{source}: resuming after step {self.step} of {self.last_step}" if not self.finished else
+                f"{source}: all {self.step} steps are done, nothing to train")
         log, lines = self.folder / "log.jsonl", []
         if RANK == 0 and log.exists():
             found = re.findall(r'({"step": (\d+), .*}\n)', log.read_text())  # not an incomplete last line
@@ -888,6 +889,8 @@ def train(args):
     model, teacher = make_model(args)  # a teacher decides both the order and the target
     optimizer = make_optimizer(model, args.weight_decay)
     run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
+    if run.finished:
+        return evaluate(run, teacher, data, val) if run.evaluation_due else None
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
         f"{args.data}: {len(data):,} images in {len(data.classes or ())} classes, {len(val or ()):,} for evaluation; "
