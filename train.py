@@ -754,9 +754,11 @@ def evaluate(run: Run, teacher, train_images: Images, val: Images | None):
     """Report and log k-NN accuracy, where there are labels, and whether the order follows the content."""
     if not run.args.knn_images:
         return
+    run.model.eval()
     scores = order_statistics(teacher or run.model, val or train_images, run.args.anchor, run.args)
     if val and val.labels is not None and train_images.labels is not None:
         scores |= knn_accuracy(run.model, train_images, val, run.args)
+    run.model.train()
     say(f"epoch {run.epoch:g}: " + ", ".join(f"{name} {value:.3g}" for name, value in scores.items()))
     run.log(**scores)
 
@@ -814,11 +816,13 @@ def save_samples(run: Run, model: SemAIM, teacher, data: Images):
     views = Views(data.evenly(8), functools.partial(eval_view, size=model.img_size))
     try:
         images = torch.stack([views[0, i][0] for i in range(len(views.images))])
+        model.eval()
         batch = normalise(images)
         with autocast(run.args.precision):
             # forward, because a call of a compiled model would compile it again for eight images
             out = model.forward(batch, **teacher_inputs(teacher, batch, model.anchor))
             similarity = (teacher or model).similarity(batch, model.anchor)
+        model.train()
         rows = {"image": images / 255, "similarity\n(bright: high)": similarity, "order\n(bright: early)": out.order}
         draw(run.folder / "samples.png", rows | decoder_rows(model, batch, out))
     except OSError as e:  # unreadable images, or a full disk
