@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from semaim import (ANCHORS, ARCHS, SemAIM, ViT, load_weights, patch_order, pool_tokens, resize_positions,
-                    vit_like)
+from semaim import ANCHORS, ARCHS, SemAIM, ViT, load_weights, patch_order, resize_positions, vit_like
 from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, collect, eval_batches, gather,
                    knn_votes, learning_rate, load_data, normalise, positive, say)
 
@@ -53,28 +52,6 @@ TASKS = {"knn": "weighted k-NN on frozen features", "linear": "train a linear cl
 # ---------------------------------------------------------------- models ----
 
 
-class Probe(nn.Module):
-    """A linear classifier on a frozen ViT: images (N, 3, H, W) -> logits (N, classes). The features are [CLS] or the
-    mean of the patch tokens, after the final norm; BatchNorm without affine parameters scales them."""
-
-    def __init__(self, backbone: ViT, pool: str, classes: int):
-        super().__init__()
-        self.backbone, self.pool = backbone.eval().requires_grad_(False), pool
-        dim = backbone.cls_token.shape[-1]
-        self.head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear_head(dim, classes))
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            features = pool_tokens(self.backbone.tokens(images), self.pool)
-        with torch.autocast(images.device.type, enabled=False):  # as in ViT
-            return self.head(features)
-
-
 def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
     """Make a linear layer with truncated normal weights of that std and no bias at first."""
     head = nn.Linear(dim, classes)
@@ -90,7 +67,7 @@ def make_encoder(args, weights, **options) -> ViT:
         return ViT(args.img_size, args.patch_size, **size, **options)
     vit = vit_like(weights, args.heads, args.img_size, **options)
     weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)}
-    new = () if args.eval_only else ("head.", "fc_norm.")
+    new = ("head.",) if args.eval_only else ("head.", "fc_norm.")  # make_classifier makes or loads the head
     missing = [name for name in vit.state_dict() if name not in weights and not name.startswith(new)]
     if missing:
         raise ValueError(f"{args.checkpoint} lacks {', '.join(missing[:3])}, which {args.task} needs")
@@ -98,23 +75,23 @@ def make_encoder(args, weights, **options) -> ViT:
     return vit
 
 
-def make_classifier(args, weights, classes: int) -> nn.Module:
-    """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes)."""
-    head = "head.1" if args.task == "linear" else "head"
-    if args.eval_only:
-        rows = len(weights.get(f"{head}.weight", ()))
-        if rows != classes:
-            raise ValueError(f"{args.checkpoint} has " + (f"a head for {rows} classes, but --data {args.data} has "
-                             f"{classes}" if rows else f"no {head}.weight: --eval_only needs a classifier"))
+def make_classifier(args, weights, classes: int) -> ViT:
+    """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes). `linear` trains only the
+    head, on features after the final norm, which BatchNorm without affine parameters scales."""
+    head = "head.1.weight" if args.task == "linear" else "head.weight"
+    if args.eval_only and len(weights.get(head, ())) != classes:
+        raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; {args.checkpoint} has no {head} "
+                         f"for the {classes} classes of --data {args.data}")
     if args.task == "linear":
-        model = Probe(make_encoder(args, weights), args.pool, classes)
-        if args.eval_only:
-            model.head.load_state_dict({name[5:]: w for name, w in weights.items() if name.startswith("head.")})
-        return model
-    model = make_encoder(args, weights, num_classes=classes, pool=args.pool, drop_path=args.drop_path)
-    if not args.eval_only:
+        model = make_encoder(args, weights).requires_grad_(False)
+        model.pool, dim = args.pool, model.cls_token.shape[-1]
+        model.head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear_head(dim, classes))
+    else:
+        model = make_encoder(args, weights, num_classes=classes, pool=args.pool, drop_path=args.drop_path)
         model.head = linear_head(model.head.in_features, classes, std=2e-5)
-    model.grad_checkpointing = args.grad_checkpointing
+        model.grad_checkpointing = args.grad_checkpointing
+    if args.eval_only:
+        model.head.load_state_dict({name[5:]: w for name, w in weights.items() if name.startswith("head.")})
     return model
 
 
@@ -247,9 +224,9 @@ def linear_cached(args, weights, data: Images, val: Images):
     """Train the linear probe on features that are computed once, without augmentation. A held-out tenth of the data
     chooses the learning rate; then the classifier is trained again on all of it. Every process trains the same one."""
     classes = len(data.classes)
-    probe = Probe(make_encoder(args, weights), args.pool, classes).to(DEVICE).eval()
-    x, y = train.features(probe.backbone, data, args, [args.pool])
-    norm = probe.head[0]
+    probe = make_classifier(args, weights, classes).to(DEVICE)
+    x, y = train.features(probe, data, args, [args.pool])
+    norm = probe.head[0].eval()
     norm.running_mean, norm.running_var = x[:, 0].mean(0), x[:, 0].var(0)
     x = norm(x[:, 0])
     torch.manual_seed(args.seed)  # reading images has changed the generator
