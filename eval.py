@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from semaim import ANCHORS, ARCHS, SemAIM, ViT, load_weights, patch_order, resize_positions, vit_like
+from semaim import (ANCHORS, ARCHS, SemAIM, ViT, Weights, load_weights, patch_order, resize_positions,
+                    vit_like)
 from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, collect, eval_batches, gather,
                    knn_votes, learning_rate, load_data, normalise, positive, say)
 
@@ -62,7 +63,7 @@ def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
 
 def make_encoder(args, weights, **options) -> ViT:
     """Build a ViT with the weights of --checkpoint, positions interpolated to --img_size, or with random weights."""
-    if weights is None:
+    if not weights:
         size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
         return ViT(args.img_size, args.patch_size, **size, **options)
     vit = vit_like(weights, args.heads, args.img_size, **options)
@@ -80,8 +81,8 @@ def make_classifier(args, weights, classes: int) -> ViT:
     head, on features after the final norm, which BatchNorm without affine parameters scales."""
     head = "head.1.weight" if args.task == "linear" else "head.weight"
     if args.eval_only and len(weights.get(head, ())) != classes:
-        raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; {args.checkpoint} has no {head} "
-                         f"for the {classes} classes of --data {args.data}")
+        raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; --checkpoint {args.checkpoint} has "
+                         f"no {head} for the {classes} classes of --data {args.data}")
     if args.task == "linear":
         model = make_encoder(args, weights).requires_grad_(False)
         model.pool, dim = args.pool, model.cls_token.shape[-1]
@@ -345,20 +346,20 @@ def show(args, weights):
             raise ValueError(f"{shown.path(i)} is not readable as an image ({e})") from e
     pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
                                          [args.img_size, args.img_size]) for picture in pictures])
-    options = dict(activation=args.activation) if weights and "proj.weight" in weights else {}  # CLIP
+    options = dict(activation=args.activation) if "proj.weight" in weights else {}  # CLIP
     vit = make_encoder(args, weights, **options).to(DEVICE).eval()
     batch = normalise(pictures)
-    anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
+    anchor = args.anchor or weights.config.get("anchor", "cls")
     names = dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS)
     maps = {name: vit.similarity(batch, name) for name in names}
     rows = {"image": pictures / 255}
     for name in names:
         rows[f"similarity\n({name},\nbright: high)" if name != "attention" else name] = maps[name]
-    kind = weights.config.get("order", "semantic") if weights else "semantic"
+    kind = weights.config.get("order", "semantic")
     order = patch_order(kind, maps[anchor])
     rows[f"order\n({kind},\nby {anchor},\nbright: early)"] = order
     statistics = {} if args.images else train.order_statistics(vit, data, anchor, args)
-    decoder = weights and make_decoder(args, weights, vit)
+    decoder = make_decoder(args, weights, vit)
     if decoder:
         decoder.to(DEVICE).anchor = anchor
         rows |= train.decoder_rows(decoder, batch, decoder(batch, order))
@@ -387,7 +388,7 @@ def stratified(data: Images, fraction: float, seed: int) -> Images:
 
 def model_size(weights, arch: str | None, heads: int | None) -> dict:
     """Return arch, img_size and patch_size of the checkpoint, or of --arch for random weights."""
-    if weights is None:
+    if not weights:
         arch = arch or "vit_nano"
         return dict(arch=arch, patch_size=ARCHS[arch]["patch_size"],
                     img_size=train.RECIPES.get(arch, train.PAPER)["img_size"])
@@ -433,7 +434,7 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
 
 
 def parse_args(argv=None):
-    """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights or None)."""
+    """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights; {} if random)."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] not in (*TASKS, "-h", "--help"):
         raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
@@ -445,10 +446,10 @@ def parse_args(argv=None):
     first.add_argument("--patch_size", type=positive, help="size of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
     known = first.parse_known_args(argv)[0]
-    weights = None if known.checkpoint is None else load_weights(known.checkpoint)
-    if weights is None and known.heads:
+    weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
+    if not weights and known.heads:
         raise ValueError("--heads needs --checkpoint FILE; random weights have the heads of --arch")
-    heads = known.heads or (weights.config.get("heads") if weights else None)
+    heads = known.heads or weights.config.get("heads")
     size = model_size(weights, known.arch, heads)
     parser = Parser(description="Evaluate a pre-trained encoder.")
     tasks = parser.add_subparsers(dest="task", required=True)
@@ -460,7 +461,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.heads = heads
     for name in ("arch", "patch_size"):
-        if weights is not None and getattr(args, name) not in (None, size[name]):
+        if weights and getattr(args, name) not in (None, size[name]):
             raise ValueError(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]}; leave it out")
         setattr(args, name, getattr(args, name) or size[name])
     if args.img_size % args.patch_size:
@@ -468,10 +469,8 @@ def parse_args(argv=None):
     for name in ("accum_iter", "clip_grad", "grad_checkpointing", "resume", "stop_after"):
         if getattr(args, "cache_features", False) and getattr(args, name) not in (None, False, 0.0):
             raise ValueError(f"--{name} has no effect with --cache_features")
-    if weights is None and args.eval_only:
-        raise ValueError("--eval_only needs --checkpoint FILE, a classifier")
     if args.task != "show":
-        if weights is not None and "proj.weight" in weights:
+        if "proj.weight" in weights:
             raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
         if not 0 < args.label_fraction <= 1:
             raise ValueError(f"--label_fraction {args.label_fraction} is not above 0 and at most 1")
@@ -490,8 +489,7 @@ def parse_args(argv=None):
 def evaluate(args, weights):
     """Run one evaluation, from the command line's arguments to the JSON line."""
     train.join_processes()
-    if weights is not None:
-        say(weights.summary)
+    say(weights.summary or "no --checkpoint: the weights are random")
     torch.manual_seed(args.seed)
     if args.task == "show":
         return show(args, weights)

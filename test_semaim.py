@@ -1612,7 +1612,7 @@ def test_bad_flags_of_eval(tmp_path, capsys, pretrained, flags, message):
 def test_bad_files_for_eval(tmp_path, capsys, pretrained):
     with pytest.raises(SystemExit, match="--heads needs --checkpoint FILE"):
         score(tmp_path, capsys, "knn", "--heads", "2")
-    with pytest.raises(SystemExit, match="--eval_only needs --checkpoint FILE"):
+    with pytest.raises(SystemExit, match="--eval_only needs a classifier .*; --checkpoint None has"):
         score(tmp_path, capsys, "finetune", "--eval_only")
     weights = torch.load(pretrained, weights_only=True)["model"]
     for name, message in (("norm.weight", "lacks norm.weight, which knn needs"),
@@ -1927,8 +1927,8 @@ def test_evaluation_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch):
     images = train.Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), ["cat", "dog"])
     flags = "--arch vit_nano --data cats --precision bf16 --no-compile --workers 0 --batch_size 4".split()
     for task, pool in itertools.product(("linear", "finetune"), ("cls", "mean")):
-        args, _ = evaluation.parse_args([task, *flags, "--pool", pool])
-        model = evaluation.make_classifier(args, None, 2).to(train.DEVICE)
+        args, weights = evaluation.parse_args([task, *flags, "--pool", pool])
+        model = evaluation.make_classifier(args, weights, 2).to(train.DEVICE)
         guesses, truth = evaluation.classify(model, images, args)
         assert guesses.device == truth.device == train.DEVICE
     model = model.eval()
