@@ -64,8 +64,8 @@ def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
 def make_encoder(args, weights, **options) -> ViT:
     """Build a ViT with the weights of --checkpoint, positions interpolated to --img_size, or with random weights."""
     if not weights:
-        size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
-        return ViT(args.img_size, args.patch_size, **size, **options)
+        arch = ARCHS[args.arch]
+        return ViT(args.img_size, args.patch_size, arch["dim"], arch["depth"], args.heads or arch["heads"], **options)
     vit = vit_like(weights, args.heads, args.img_size, **options)
     weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)}
     new = ("head.",) if args.eval_only else ("head.", "fc_norm.")  # make_classifier makes or loads the head
@@ -447,8 +447,6 @@ def parse_args(argv=None):
     first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
     known = first.parse_known_args(argv)[0]
     weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
-    if not weights and known.heads:
-        raise ValueError("--heads needs --checkpoint FILE; random weights have the heads of --arch")
     heads = known.heads or weights.config.get("heads")
     size = model_size(weights, known.arch, heads)
     parser = Parser(description="Evaluate a pre-trained encoder.")
@@ -464,8 +462,6 @@ def parse_args(argv=None):
         if weights and getattr(args, name) not in (None, size[name]):
             raise ValueError(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]}; leave it out")
         setattr(args, name, getattr(args, name) or size[name])
-    if args.img_size % args.patch_size:
-        raise ValueError(f"--img_size {args.img_size} is not a multiple of the patch size, {args.patch_size}")
     for name in ("accum_iter", "clip_grad", "grad_checkpointing", "resume", "stop_after"):
         if getattr(args, "cache_features", False) and getattr(args, name) not in (None, False, 0.0):
             raise ValueError(f"--{name} has no effect with --cache_features")
