@@ -14,7 +14,6 @@ The last line printed is one JSON object: task, top1 and top5 in %, or for show 
 """
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -81,8 +80,8 @@ def make_classifier(args, weights, classes: int) -> ViT:
     head, on features after the final norm, which BatchNorm without affine parameters scales."""
     head = "head.1.weight" if args.task == "linear" else "head.weight"
     if args.eval_only and len(weights.get(head, ())) != classes:
-        raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; --checkpoint {args.checkpoint} has "
-                         f"no {head} for the {classes} classes of --data {args.data}")
+        raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; --checkpoint {args.checkpoint} "
+                         f"has no {head} for the {classes} classes of --data {args.data}")
     if args.task == "linear":
         model = make_encoder(args, weights).requires_grad_(False)
         model.pool, dim = args.pool, model.cls_token.shape[-1]
@@ -435,9 +434,6 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
 
 def parse_args(argv=None):
     """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights; {} if random)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] not in (*TASKS, "-h", "--help"):
-        raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
     first = Parser(add_help=False)
     first.add_argument("--checkpoint", metavar="FILE", help="any file that semaim.load_weights reads (default: random "
                        "weights)")
