@@ -380,8 +380,8 @@ def stratified(data: Images, fraction: float, seed: int) -> Images:
     for label, name in enumerate(data.classes):
         own = shuffled[data.labels[shuffled] == label]
         kept.append(own[:round(fraction * len(own))])
-        if not len(kept[-1]):
-            raise ValueError(f"--label_fraction {fraction} leaves no image of class {name}, which has {len(own)}")
+        if not len(kept[-1]) or fraction > 1:
+            raise ValueError(f"--label_fraction {fraction} of the {len(own)} images of class {name} cannot be drawn")
     return data.subset(torch.cat(kept).sort().values)
 
 
@@ -406,14 +406,12 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
         add("--anchor", choices=ANCHORS, help="draw only this map and the attention, and order by it (default: draw "
             "all, order by the run's anchor)")
         add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="activation of a CLIP file")
-        parser.set_defaults(eval_only=False)
         return
-    add("--label_fraction", type=float, default=1.0, help="train on this share of every class")
+    add("--label_fraction", type=train.decimal, default=1.0, help="train on this share of every class")
     add("--pool", choices=("cls", "mean"), help=f"[CLS] or the mean of the patch tokens (default: {recipe['pool']})")
     add("--per_class", action="store_true", help="also print the accuracy of each class")
     if task == "knn":
         add("--k", type=positive, nargs="+", default=[20, 10, 30], help="neighbours; the first is the result")
-        parser.set_defaults(eval_only=False)
         return
     add("--eval_only", action="store_true", help="only score the classifier in --checkpoint")
     add("--smoothing", type=train.decimal, default=recipe["smoothing"], help="label smoothing")
@@ -445,6 +443,8 @@ def parse_args(argv=None):
     weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
     heads = known.heads or weights.config.get("heads")
     size = model_size(weights, known.arch, heads)
+    first.set_defaults(arch=size["arch"], patch_size=size["patch_size"], heads=heads, images=None, eval_only=False,
+                       cache_features=False)
     parser = Parser(description="Evaluate a pre-trained encoder.")
     tasks = parser.add_subparsers(dest="task", required=True)
     defaults = size | train.machine_defaults(size["arch"], known.data)
@@ -453,28 +453,23 @@ def parse_args(argv=None):
     for task, recipe in recipes.items():
         add_task_flags(tasks.add_parser(task, parents=[first], help=TASKS[task]), task, recipe)
     args = parser.parse_args(argv)
-    args.heads = heads
     for name in ("arch", "patch_size"):
-        if weights and getattr(args, name) not in (None, size[name]):
+        if weights and getattr(args, name) != size[name]:
             raise ValueError(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]}; leave it out")
-        setattr(args, name, getattr(args, name) or size[name])
     for name in ("accum_iter", "clip_grad", "grad_checkpointing", "resume", "stop_after"):
-        if getattr(args, "cache_features", False) and getattr(args, name) not in (None, False, 0.0):
+        if args.cache_features and getattr(args, name) not in (None, False, 0.0):
             raise ValueError(f"--{name} has no effect with --cache_features")
     if args.task != "show":
         if "proj.weight" in weights:
             raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
-        if not 0 < args.label_fraction <= 1:
-            raise ValueError(f"--label_fraction {args.label_fraction} is not above 0 and at most 1")
         if args.eval_only:
             args.pool = args.pool or weights.config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
         args.pool = args.pool or recipes[args.task]["pool"]
     if args.output_dir is None:
         folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{args.arch}-random"
-        data = [] if getattr(args, "images", None) else [Path(args.data).resolve().name]
-        args.output_dir = str(folder / "-".join([args.task, *data]))
+        args.output_dir = str(folder / (args.task if args.images else f"{args.task}-{Path(args.data).resolve().name}"))
     # With cached features every process trains the whole classifier: the batch is not split over processes.
-    train.settle_batch(args, recipes[args.task], 1 if getattr(args, "cache_features", False) else WORLD)
+    train.settle_batch(args, recipes[args.task], 1 if args.cache_features else WORLD)
     return args, weights
 
 
@@ -489,13 +484,13 @@ def evaluate(args, weights):
     val = load_data(args.data, "val", args.data_root, data.classes)
     if data.labels is None or val is None or val.labels is None:
         raise ValueError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
-    if args.label_fraction < 1:
+    if args.label_fraction != 1:
         data = stratified(data, args.label_fraction, args.seed)
     say(f"{args.task} of {args.arch} at {args.img_size} px on {args.data}: {len(data):,} images for training, "
         f"{len(val):,} for the score, {WORLD} x {DEVICE.type} in {args.precision}, results in {args.output_dir}")
     if args.task == "knn":
         knn(args, weights, data, val)
-    elif args.task == "linear" and args.cache_features and not args.eval_only:
+    elif args.cache_features and not args.eval_only:
         linear_cached(args, weights, data, val)
     else:
         train_classifier(args, weights, data, val)

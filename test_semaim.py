@@ -1591,7 +1591,7 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
     (["knn", "--patch_size", "16"], "--patch_size 16, but .*last.pt has 8"),
     (["knn", "--k", "13"], r"--k 13 is larger than the training set \(12 images\)"),
     (["knn", "--img_size", "33"], "img_size 33 is not a multiple of patch_size 8"),
-    (["linear", "--label_fraction", "0.05"], "--label_fraction 0.05 leaves no image of class cat, which has 6"),
+    (["linear", "--label_fraction", "0.05"], "--label_fraction 0.05 of the 6 images of class cat cannot be drawn"),
     (["finetune", "--eval_only"], "--eval_only needs a classifier that finetune has saved; .* has no head.weight"),
     (["linear", "--eval_only"], "--eval_only needs a classifier that linear has saved; .* has no head.1.weight"),
     (["knn", "--checkpoint", "nothing.pt"], "nothing.pt: No such file"),
@@ -1601,7 +1601,7 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
     (["show", "--compile"], "unrecognized arguments: --compile"),
     (["linear", "--cache_features", "--stop_after", "1"], "--stop_after has no effect with --cache_features"),
     (["finetune", "--randaugment", "11"], "argument --randaugment: invalid choice: 11"),
-    (["knn", "--label_fraction", "2"], "--label_fraction 2.0 is not above 0 and at most 1"),
+    (["knn", "--label_fraction", "2"], "--label_fraction 2.0 of the 6 images of class cat cannot be drawn"),
 ))
 def test_bad_flags_of_eval(tmp_path, capsys, pretrained, flags, message):
     with pytest.raises(SystemExit, match=message) as error:
