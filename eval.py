@@ -115,20 +115,16 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
 # ---------------------------------------------------------------- views ----
 
 
-def probe_view(size: int) -> v2.Transform:
-    """Make the linear probe's view: resize to 256/224 of the size, random crop and flip."""
-    return v2.Compose([v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC, antialias=True), v2.RandomCrop(size),
-                       v2.RandomHorizontalFlip()])
-
-
-def finetune_view(args) -> v2.Transform:
-    """Make the fine-tuning view: random crop and flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing."""
-    grey = [round(255 * x) for x in MEAN]
-    return train.random_crop(
-        args.img_size, args.crop_min,
-        v2.RandAugment(2 if args.randaugment else 0, args.randaugment, num_magnitude_bins=11,
-                       interpolation=InterpolationMode.BILINEAR, fill=grey),
-        v2.RandomErasing(args.erasing, value=grey))
+def training_view(args) -> v2.Transform:
+    """Make the view of `linear` (resize to 256/224 of the size, random crop and flip) or of `finetune` (random crop and
+    flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing)."""
+    size, grey = args.img_size, [round(255 * x) for x in MEAN]
+    if args.task == "linear":
+        return v2.Compose([v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC, antialias=True),
+                           v2.RandomCrop(size), v2.RandomHorizontalFlip()])
+    randaugment = v2.RandAugment(2 if args.randaugment else 0, args.randaugment, num_magnitude_bins=11,
+                                 interpolation=InterpolationMode.BILINEAR, fill=grey)
+    return train.random_crop(size, args.crop_min, randaugment, v2.RandomErasing(args.erasing, value=grey))
 
 
 # ---------------------------------------------------------------- scores ----
@@ -266,10 +262,9 @@ def train_classifier(args, weights, data: Images, val: Images):
         return report_score(args, *classify(model, val, args), data.classes)
     if args.task == "linear":
         optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-        view, mixes = probe_view(args.img_size), []
+        mixes = []
     else:
         optimizer = train.adamw(layer_decay_groups(model, args.weight_decay, args.layer_decay), betas=(0.9, 0.999))
-        view = finetune_view(args)
         mixes = [kind(alpha=alpha, num_classes=len(data.classes))
                  for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
@@ -279,7 +274,7 @@ def train_classifier(args, weights, data: Images, val: Images):
     # A run that was interrupted before an evaluation begins with it.
     result = score_and_keep(run, val) if run.evaluation_due and run.step else None
     model.train()
-    for micro_batches in run.steps(Views(data, view, args.seed)):
+    for micro_batches in run.steps(Views(data, training_view(args), args.seed)):
         lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
         for images, labels in micro_batches:
             images, labels = mix(images, labels)

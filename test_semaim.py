@@ -1528,14 +1528,15 @@ def test_mixing_and_smoothing_make_soft_targets(monkeypatch, tmp_path, capsys, p
 
 def test_views_of_evaluation():
     image = train.draw_shapes(1, 3)[0][0]
-    views = [evaluation.probe_view(32)(image) for _ in range(20)]
+    view = evaluation.training_view(evaluation.parse_args(["linear"])[0])
+    views = [view(image) for _ in range(20)]
     assert {view.shape for view in views} == {(3, 32, 32)} and {view.dtype for view in views} == {torch.uint8}
     assert len({tuple(view.flatten().tolist()) for view in views}) > 10
     flags = ["finetune", "--crop_min", "1", "--randaugment", "9", "--erasing", "1"]
-    view = evaluation.finetune_view(evaluation.parse_args(flags)[0])
+    view = evaluation.training_view(evaluation.parse_args(flags)[0])
     views = [view(image) for _ in range(20)]
     assert {(view.shape, view.dtype) for view in views} == {((3, 32, 32), torch.uint8)}
-    plain = evaluation.finetune_view(evaluation.parse_args(["finetune", "--crop_min", "1"])[0])
+    plain = evaluation.training_view(evaluation.parse_args(["finetune", "--crop_min", "1"])[0])
     cropped = train.random_crop(32, 1.0)
     for seed in range(5):
         torch.manual_seed(seed)
