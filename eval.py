@@ -166,17 +166,16 @@ def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list
 
 @torch.no_grad()
 def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict the five best classes (n, 5) of all images, in evaluation mode; also return the labels (n,)."""
+    """Predict the five best classes (n, 5) of all images; also return the labels (n,). Ends in training mode."""
     for buffer in model.buffers() if WORLD > 1 else ():  # the BatchNorm statistics of the first process are used
         dist.broadcast(buffer, 0)
-    was_training = model.training
     model.eval()
     guesses, labels = [], []
     for batch, label in eval_batches(images, args):
         with autocast(args.precision):
             guesses.append(best_five(model(batch)))
         labels.append(label)
-    model.train(was_training)
+    model.train()
     return collect(guesses, labels)
 
 
@@ -273,7 +272,6 @@ def train_classifier(args, weights, data: Images, val: Images):
 
     # A run that was interrupted before an evaluation begins with it.
     result = score_and_keep(run, val) if run.evaluation_due and run.step else None
-    model.train()
     for micro_batches in run.steps(Views(data, training_view(args), args.seed)):
         lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
         for images, labels in micro_batches:
