@@ -136,11 +136,6 @@ def score(guesses: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     return dict(top1=round(100 * hit[:, 0].mean().item(), 3), top5=round(100 * hit.sum(1).mean().item(), 3))
 
 
-def best_five(scores: torch.Tensor) -> torch.Tensor:
-    """Return the classes with the highest scores (n, classes), best first: (n, 5), or fewer if there are fewer."""
-    return scores.topk(min(5, scores.shape[1])).indices
-
-
 def report(args, **result):
     """Print the result as one JSON object, and append it to log.jsonl."""
     if RANK:
@@ -173,7 +168,8 @@ def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torc
     guesses, labels = [], []
     for batch, label in eval_batches(images, args):
         with autocast(args.precision):
-            guesses.append(best_five(model(batch)))
+            logits = model(batch)
+        guesses.append(logits.topk(min(5, logits.shape[1])).indices)
         labels.append(label)
     model.train()
     return collect(guesses, labels)
@@ -192,7 +188,7 @@ def knn(args, weights, data: Images, val: Images):
     mine, guesses = queries[:, 0].tensor_split(WORLD)[RANK], {}
     for k in args.k:
         votes = knn_votes(mine, bank[:, 0], labels, len(data.classes), k)
-        guesses[k] = gather([best_five(votes)])
+        guesses[k] = gather([votes.topk(min(5, votes.shape[1])).indices])
     report_score(args, guesses[args.k[0]], truth, data.classes, k={k: score(guesses[k], truth) for k in args.k})
 
 
