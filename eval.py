@@ -60,12 +60,12 @@ def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
     return head
 
 
-def make_encoder(args, weights, **options) -> ViT:
+def make_encoder(args, weights, activation="quick_gelu", **options) -> ViT:
     """Build a ViT with the weights of --checkpoint, positions interpolated to --img_size, or with random weights."""
     if not weights:
         arch = ARCHS[args.arch]
         return ViT(args.img_size, args.patch_size, arch["dim"], arch["depth"], args.heads or arch["heads"], **options)
-    vit = vit_like(weights, args.heads, args.img_size, **options)
+    vit = vit_like(weights, args.heads, args.img_size, activation, **options)
     weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)}
     new = ("head.",) if args.eval_only else ("head.", "fc_norm.")  # make_classifier makes or loads the head
     missing = [name for name in vit.state_dict() if name not in weights and not name.startswith(new)]
@@ -334,15 +334,12 @@ def show(args, weights):
             raise ValueError(f"{shown.path(i)} is not readable as an image ({e})") from e
     pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
                                          [args.img_size, args.img_size]) for picture in pictures])
-    options = dict(activation=args.activation) if "proj.weight" in weights else {}  # CLIP
-    vit = make_encoder(args, weights, **options).to(DEVICE).eval()
+    vit = make_encoder(args, weights, args.activation).to(DEVICE).eval()
     batch = normalise(pictures)
     anchor = args.anchor or weights.config.get("anchor", "cls")
-    names = dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS)
-    maps = {name: vit.similarity(batch, name) for name in names}
-    rows = {"image": pictures / 255}
-    for name in names:
-        rows[f"similarity\n({name},\nbright: high)" if name != "attention" else name] = maps[name]
+    maps = {name: vit.similarity(batch, name) for name in ((anchor, "attention") if args.anchor else ANCHORS)}
+    rows = {f"similarity\n({name},\nbright: high)": similarity for name, similarity in maps.items()}
+    rows = {"image": pictures / 255} | rows
     kind = weights.config.get("order", "semantic")
     order = patch_order(kind, maps[anchor])
     rows[f"order\n({kind},\nby {anchor},\nbright: early)"] = order
