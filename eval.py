@@ -291,17 +291,15 @@ def train_classifier(args, weights, data: Images, val: Images):
 
 def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
     """Build the whole SemAIM model of --checkpoint if the file has one that predicts pixels, else None."""
-    out = next((len(weights[f"prediction_head.{name}weight"]) for name in ("fc2.", "")
-                if f"prediction_head.{name}weight" in weights), 0)
-    if out != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
+    head = weights.get("prediction_head.fc2.weight", weights.get("prediction_head.weight", ()))
+    if len(head) != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
         return None
     names = ("order", "anchor", "loss", "norm_pix", "blur")
     options = {name: weights.config[name] for name in names if name in weights.config}
     model = SemAIM(args.img_size, args.patch_size, vit.cls_token.shape[-1], len(vit.blocks), vit.blocks[0].attn.heads,
                    query_depth=len({name.split(".")[1] for name in weights if name.startswith("query_blocks.")}),
                    head="mlp" if "prediction_head.fc2.weight" in weights else "linear", **options)
-    grid = args.img_size // args.patch_size
-    model.load_state_dict(weights | {"pos_embed": resize_positions(weights["pos_embed"], grid)})
+    model.load_state_dict(weights | {"pos_embed": vit.pos_embed})  # interpolated
     return model.eval()
 
 
