@@ -40,7 +40,6 @@ RECIPES = {
     "show": dict(batch_size=64, total_batch=64),
 }
 NANO = {
-    "knn": {}, "show": {},
     "linear": dict(batch_size=256, total_batch=256, epochs=10),
     "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1.0, blr=2e-3, layer_decay=0.75, drop_path=0.0,
                      crop_min=0.6, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0),
@@ -369,18 +368,6 @@ def stratified(data: Images, fraction: float, seed: int) -> Images:
     return data.subset(torch.cat(kept).sort().values)
 
 
-def model_size(weights, arch: str | None, heads: int | None) -> dict:
-    """Return arch, img_size and patch_size of the checkpoint, or of --arch for random weights."""
-    if not weights:
-        arch = arch or "vit_nano"
-        return dict(arch=arch, patch_size=ARCHS[arch]["patch_size"],
-                    img_size=train.RECIPES.get(arch, train.PAPER)["img_size"])
-    vit = vit_like(weights, heads)
-    size = vit.cls_token.shape[-1], len(vit.blocks)
-    arch = next((name for name, known in ARCHS.items() if (known["dim"], known["depth"]) == size), "unknown")
-    return dict(arch=arch, patch_size=vit.patch_size, img_size=vit.img_size)
-
-
 def add_task_flags(parser: Parser, task: str, recipe: dict):
     """Add the flags of one task, with the recipe's values as defaults."""
     train.add_shared_flags(parser, recipe)
@@ -426,13 +413,19 @@ def parse_args(argv=None):
     known = first.parse_known_args(argv)[0]
     weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
     heads = known.heads or weights.config.get("heads")
-    size = model_size(weights, known.arch, heads)
-    first.set_defaults(arch=size["arch"], patch_size=size["patch_size"], heads=heads, images=None, eval_only=False,
+    arch = known.arch or "vit_nano"
+    size = ARCHS[arch] | train.RECIPES.get(arch, train.PAPER)
+    if weights:
+        vit = vit_like(weights, heads)
+        dim, depth = vit.cls_token.shape[-1], len(vit.blocks)
+        arch = next((name for name, a in ARCHS.items() if (a["dim"], a["depth"]) == (dim, depth)), "unknown")
+        size = dict(arch=arch, patch_size=vit.patch_size, img_size=vit.img_size)
+    first.set_defaults(arch=arch, patch_size=size["patch_size"], heads=heads, images=None, eval_only=False,
                        cache_features=False)
     parser = Parser(description="Evaluate a pre-trained encoder.")
     tasks = parser.add_subparsers(dest="task", required=True)
-    defaults = size | train.machine_defaults(size["arch"], known.data)
-    recipes = {task: recipe | defaults | (NANO[task] if size["arch"] == "vit_nano" else {})
+    defaults = dict(img_size=size["img_size"]) | train.machine_defaults(arch, known.data)
+    recipes = {task: recipe | defaults | (NANO.get(task, {}) if arch == "vit_nano" else {})
                for task, recipe in RECIPES.items()}
     for task, recipe in recipes.items():
         add_task_flags(tasks.add_parser(task, parents=[first], help=TASKS[task]), task, recipe)
