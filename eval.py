@@ -379,7 +379,7 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
         add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="activation of a CLIP file")
         return
     add("--label_fraction", type=train.decimal, default=1.0, help="train on this share of every class")
-    add("--pool", choices=("cls", "mean"), help=f"[CLS] or the mean of the patch tokens (default: {recipe['pool']})")
+    add("--pool", choices=("cls", "mean"), default=recipe["pool"], help="[CLS] or the mean of the patch tokens")
     add("--per_class", action="store_true", help="also print the accuracy of each class")
     if task == "knn":
         add("--k", type=positive, nargs="+", default=[20, 10, 30], help="neighbours; the first is the result")
@@ -410,7 +410,7 @@ def parse_args(argv=None):
     first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
     first.add_argument("--patch_size", type=positive, help="size of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
-    known = first.parse_known_args(argv)[0]
+    known, others = first.parse_known_args(argv)
     weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
     heads = known.heads or weights.config.get("heads")
     arch = known.arch or "vit_nano"
@@ -425,6 +425,8 @@ def parse_args(argv=None):
     parser = Parser(description="Evaluate a pre-trained encoder.")
     tasks = parser.add_subparsers(dest="task", required=True)
     defaults = dict(img_size=size["img_size"]) | train.machine_defaults(arch, known.data)
+    if "--eval_only" in others:
+        defaults["pool"] = weights.config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
     recipes = {task: recipe | defaults | (NANO.get(task, {}) if arch == "vit_nano" else {})
                for task, recipe in RECIPES.items()}
     for task, recipe in recipes.items():
@@ -436,12 +438,8 @@ def parse_args(argv=None):
     for name in ("accum_iter", "clip_grad", "grad_checkpointing", "resume", "stop_after"):
         if args.cache_features and getattr(args, name) not in (None, False, 0.0):
             raise ValueError(f"--{name} has no effect with --cache_features")
-    if args.task != "show":
-        if "proj.weight" in weights:
-            raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
-        if args.eval_only:
-            args.pool = args.pool or weights.config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
-        args.pool = args.pool or recipes[args.task]["pool"]
+    if args.task != "show" and "proj.weight" in weights:
+        raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
     if args.output_dir is None:
         folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{args.arch}-random"
         args.output_dir = str(folder / (args.task if args.images else f"{args.task}-{Path(args.data).resolve().name}"))
