@@ -667,11 +667,9 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
             weights[name] = w
     image_tower = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
     weights = image_tower or weights  # CLIP may come with its text tower
-    for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
-        if any(mark in name for name in weights):
-            raise _Refused(f"has {feature}, which are not supported")
-    if "cls_token" not in weights and "class_embedding" not in weights:
-        raise _Refused(f"holds no ViT with CLS: its first weights are {', '.join([*weights][:3]) or 'missing'}")
+    if "class_embedding" not in weights and not {"cls_token", "pos_embed"} <= weights.keys():
+        raise _Refused("holds no ViT with CLS and learned positions: its first weights are "
+                       + (", ".join([*weights][:3]) or "missing"))
     if sum(w.nbytes for w in weights.values()) > size:
         raise _Refused("is corrupt: its tensors are larger than the file")
     # Copies, because a tensor that is mapped to the file would change or crash when the file is overwritten.
