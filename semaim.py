@@ -636,9 +636,9 @@ def _read_file(path):
 ENCODER = ("cls_token", "pos_embed", "register_tokens", "patch_embed.", "norm_pre.", "blocks.", "norm.", "proj.")
 HEADS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
 LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # the encoder's tokens do not depend on these
-CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
+NAMES = (  # names of timm's registers and of OpenAI's CLIP, without `visual.` -> ours
     (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^conv1\.", "patch_embed.proj."),
-    (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"),
+    (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"), (r"^reg_token$", "register_tokens"),
     (r"^transformer\.resblocks\.", "blocks."), (r"\.ln_([12])\.", r".norm\1."), (r"\.in_proj_", ".qkv."),
     (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard deviation of ImageNet, then CLIP's
@@ -678,9 +678,9 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
 
 def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of CLIP and timm, and fold in what this file's ViT does not have but can compute exactly."""
-    if "class_embedding" in weights:
-        for old, new in CLIP_NAMES:
-            weights = {re.sub(old, new, name): w for name, w in weights.items()}
+    for old, new in NAMES:
+        weights = {re.sub(old, new, name): w for name, w in weights.items()}
+    if weights["pos_embed"].ndim == 2:  # OpenAI's CLIP
         weights["cls_token"], weights["pos_embed"] = weights["cls_token"][None, None], weights["pos_embed"][None]
         weights["proj.weight"] = weights["proj.weight"].t()
     if "norm_pre.weight" in weights and "head.weight" in weights:  # timm's CLIP
@@ -702,8 +702,6 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         gamma, layer = weights.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
         weights[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
-    if "reg_token" in weights:
-        weights["register_tokens"] = weights.pop("reg_token")
     if math.isqrt(weights["pos_embed"].shape[1]) ** 2 == weights["pos_embed"].shape[1]:  # CLS has no position
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))
     return weights
