@@ -694,11 +694,10 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         kernel = weights["patch_embed.proj.weight"]
         weights["patch_embed.proj.weight"] = kernel * (std / clip_std)
         weights["patch_embed.proj.bias"] = (kernel * ((mean - clip_mean) / clip_std)).sum((1, 2, 3))
-    scales = [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma"))]
     dim, blocks = weights["cls_token"].shape[-1], {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if scales and (len(scales) != 2 * len(blocks) or any(weights[name].shape != (dim,) for name in scales)):
-        raise _Refused("is another kind of ViT: LayerScale is missing in some blocks, or not one factor per channel")
-    for name in scales:  # gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
+    scales = [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma")) and weights[name].shape == (dim,)]
+    for name in scales if len(scales) == 2 * len(blocks) else ():  # LayerScale of some blocks alone: _select refuses it
+        # gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
         gamma, layer = weights.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
         weights[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
