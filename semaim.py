@@ -780,8 +780,7 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     if not heads and dim % 64:
-        raise ValueError(f"the weights do not tell how many heads a ViT of width {dim} has; give heads=, or --heads or "
-                         "--teacher_heads")
+        raise ValueError(f"width {dim} does not tell the number of heads; give heads= (--heads, --teacher_heads)")
     heads = heads or (16 if dim in (1280, 1408) else dim // 64)
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
