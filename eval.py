@@ -98,16 +98,14 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
     """Make parameter groups whose "scale" multiplies the learning rate: layer_decay^(depth + 1 - layer). Layer 0 is the
     embedding, layer i + 1 is blocks.i, layer depth + 1 is everything after the blocks. 1-D parameters, cls_token and
     pos_embed have no weight decay."""
-    groups = {}
+    groups, last = {}, len(model.blocks) + 1
     for name, p in model.named_parameters():
-        layer = len(model.blocks) + 1
+        layer = 0 if name.startswith(("cls_token", "pos_embed", "patch_embed", "register_tokens")) else last
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        elif name.startswith(("cls_token", "pos_embed", "patch_embed", "register_tokens")):
-            layer = 0
         decay = 0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else weight_decay
-        scale = layer_decay ** (len(model.blocks) + 1 - layer)
-        groups.setdefault((layer, decay), dict(params=[], weight_decay=decay, scale=scale))["params"].append(p)
+        group = dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer))
+        groups.setdefault((layer, decay), group)["params"].append(p)
     return list(groups.values())
 
 

@@ -638,9 +638,9 @@ HEADS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(we
 LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # the encoder's tokens do not depend on these
 NAMES = (  # names of timm's registers and of OpenAI's CLIP, without `visual.` -> ours
     (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^conv1\.", "patch_embed.proj."),
-    (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"), (r"^reg_token$", "register_tokens"),
+    (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"),
     (r"^transformer\.resblocks\.", "blocks."), (r"\.ln_([12])\.", r".norm\1."), (r"\.in_proj_", ".qkv."),
-    (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
+    (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."), (r"^reg_token$", "register_tokens"))
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard deviation of ImageNet, then CLIP's
               (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
