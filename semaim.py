@@ -762,10 +762,7 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     """Interpolate position embeddings (1, 1 + g*g, D) to (1, 1 + grid*grid, D); CLS keeps its position.
 
     Bicubic with antialiasing, as in timm; Meta's DINOv2 differs slightly (by default, no antialiasing)."""
-    old = math.isqrt(pos_embed.shape[1] - 1)
-    if old == grid:
-        return pos_embed
-    patches = rearrange(pos_embed[:, 1:], "n (h w) d -> n d h w", h=old)
+    patches = rearrange(pos_embed[:, 1:], "n (h w) d -> n d h w", h=math.isqrt(pos_embed.shape[1] - 1))
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
     return torch.cat([pos_embed[:, :1], rearrange(patches, "n d h w -> n (h w) d")], dim=1)
 
