@@ -372,8 +372,7 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
     add = parser.add_argument_group("evaluation").add_argument
     if task == "show":
         add("images", nargs="*", metavar="IMAGE", help="image files; without any, eight images of --data")
-        add("--anchor", choices=ANCHORS, help="draw only this map and the attention, and order by it (default: draw "
-            "all, order by the run's anchor)")
+        add("--anchor", choices=ANCHORS, help="order by this map, draw it and attention (default: the run's; draw all)")
         add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="activation of a CLIP file")
         return
     add("--label_fraction", type=train.decimal, default=1.0, help="train on this share of every class")
@@ -402,8 +401,7 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
 def parse_args(argv=None):
     """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights; {} if random)."""
     first = Parser(add_help=False)
-    first.add_argument("--checkpoint", metavar="FILE", help="any file that semaim.load_weights reads (default: random "
-                       "weights)")
+    first.add_argument("--checkpoint", metavar="FILE", help="any file of ViT weights (default: random weights)")
     first.add_argument("--data", default="shapes", type=os.path.normpath, help=train.DATA_HELP)
     first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
     first.add_argument("--patch_size", type=positive, help="size of random weights; a checkpoint has its own")
