@@ -14,7 +14,6 @@ The last line printed is one JSON object: task, top1 and top5 in %, or for show 
 """
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from semaim import (ANCHORS, ARCHS, SemAIM, ViT, load_weights, patch_order, pool_tokens, resize_positions,
+from semaim import (ANCHORS, ARCHS, SemAIM, ViT, Weights, load_weights, patch_order, resize_positions,
                     vit_like)
 from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, gather, knn_votes, learning_rate,
                    load_data, map_views, normalise, positive, say)
@@ -41,7 +40,6 @@ RECIPES = {
     "show": dict(batch_size=64, total_batch=64),
 }
 NANO = {
-    "knn": {}, "show": {},
     "linear": dict(batch_size=256, total_batch=256, epochs=10),
     "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1.0, blr=2e-3, layer_decay=0.75, drop_path=0.0,
                      crop_min=0.6, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0),
@@ -53,28 +51,6 @@ TASKS = {"knn": "weighted k-NN on frozen features", "linear": "train a linear cl
 # ---------------------------------------------------------------- models ----
 
 
-class Probe(nn.Module):
-    """A linear classifier on a frozen ViT: images (N, 3, H, W) -> logits (N, classes). The features are [CLS] or the
-    mean of the patch tokens, after the final norm; BatchNorm without affine parameters scales them."""
-
-    def __init__(self, backbone: ViT, pool: str, classes: int):
-        super().__init__()
-        self.backbone, self.pool = backbone.eval().requires_grad_(False), pool
-        dim = backbone.cls_token.shape[-1]
-        self.head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear_head(dim, classes))
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.backbone.eval()
-        return self
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            features = pool_tokens(self.backbone.tokens(images), self.pool)
-        with torch.autocast(images.device.type, enabled=False):  # as in ViT
-            return self.head(features)
-
-
 def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
     """Make a linear layer with truncated normal weights of that std and no bias at first."""
     head = nn.Linear(dim, classes)
@@ -83,14 +59,14 @@ def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
     return head
 
 
-def make_encoder(args, weights, **options) -> ViT:
+def make_encoder(args, weights, activation="quick_gelu", **options) -> ViT:
     """Build a ViT with the weights of --checkpoint, positions interpolated to --img_size, or with random weights."""
-    if weights is None:
-        size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
-        return ViT(args.img_size, args.patch_size, **size, **options)
-    vit = vit_like(weights, args.heads, args.img_size, **options)
+    if not weights:
+        arch = ARCHS[args.arch]
+        return ViT(args.img_size, args.patch_size, arch["dim"], arch["depth"], args.heads or arch["heads"], **options)
+    vit = vit_like(weights, args.heads, args.img_size, activation, **options)
     weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)}
-    new = () if args.eval_only else ("head.", "fc_norm.")
+    new = ("head.",) if args.eval_only else ("head.", "fc_norm.")  # make_classifier makes or loads the head
     missing = [name for name in vit.state_dict() if name not in weights and not name.startswith(new)]
     if missing:
         raise ValueError(f"{args.checkpoint} lacks {', '.join(missing[:3])}, which {args.task} needs")
@@ -98,23 +74,23 @@ def make_encoder(args, weights, **options) -> ViT:
     return vit
 
 
-def make_classifier(args, weights, classes: int) -> nn.Module:
-    """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes)."""
-    head = "head.1" if args.task == "linear" else "head"
-    if args.eval_only:
-        rows = len(weights.get(f"{head}.weight", ()))
-        if rows != classes:
-            raise ValueError(f"{args.checkpoint} has " + (f"a head for {rows} classes, but --data {args.data} has "
-                             f"{classes}" if rows else f"no {head}.weight: --eval_only needs a classifier"))
+def make_classifier(args, weights, classes: int) -> ViT:
+    """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes). `linear` trains only the
+    head, on features after the final norm, which BatchNorm without affine parameters scales."""
+    head = "head.1.weight" if args.task == "linear" else "head.weight"
+    if args.eval_only and len(weights.get(head, ())) != classes:
+        raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; --checkpoint {args.checkpoint} "
+                         f"has no {head} for the {classes} classes of --data {args.data}")
     if args.task == "linear":
-        model = Probe(make_encoder(args, weights), args.pool, classes)
-        if args.eval_only:
-            model.head.load_state_dict({name[5:]: w for name, w in weights.items() if name.startswith("head.")})
-        return model
-    model = make_encoder(args, weights, num_classes=classes, pool=args.pool, drop_path=args.drop_path)
-    if not args.eval_only:
+        model = make_encoder(args, weights).requires_grad_(False)
+        model.pool, dim = args.pool, model.cls_token.shape[-1]
+        model.head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear_head(dim, classes))
+    else:
+        model = make_encoder(args, weights, num_classes=classes, pool=args.pool, drop_path=args.drop_path)
         model.head = linear_head(model.head.in_features, classes, std=2e-5)
-    model.grad_checkpointing = args.grad_checkpointing
+        model.grad_checkpointing = args.grad_checkpointing
+    if args.eval_only:
+        model.head.load_state_dict({name[5:]: w for name, w in weights.items() if name.startswith("head.")})
     return model
 
 
@@ -122,36 +98,30 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
     """Make parameter groups whose "scale" multiplies the learning rate: layer_decay^(depth + 1 - layer). Layer 0 is the
     embedding, layer i + 1 is blocks.i, layer depth + 1 is everything after the blocks. 1-D parameters, cls_token and
     pos_embed have no weight decay."""
-    groups = {}
+    groups, last = {}, len(model.blocks) + 1
     for name, p in model.named_parameters():
-        layer = len(model.blocks) + 1
+        layer = 0 if name.startswith(("cls_token", "pos_embed", "patch_embed", "register_tokens")) else last
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
-        elif name.startswith(("cls_token", "pos_embed", "patch_embed", "register_tokens")):
-            layer = 0
         decay = 0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else weight_decay
-        scale = layer_decay ** (len(model.blocks) + 1 - layer)
-        groups.setdefault((layer, decay), dict(params=[], weight_decay=decay, scale=scale))["params"].append(p)
+        group = dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer))
+        groups.setdefault((layer, decay), group)["params"].append(p)
     return list(groups.values())
 
 
 # ---------------------------------------------------------------- views ----
 
 
-def probe_view(size: int) -> v2.Transform:
-    """Make the linear probe's view: resize to 256/224 of the size, random crop and flip."""
-    return v2.Compose([v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC, antialias=True), v2.RandomCrop(size),
-                       v2.RandomHorizontalFlip()])
-
-
-def finetune_view(args) -> v2.Transform:
-    """Make the fine-tuning view: random crop and flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing."""
-    grey = [round(255 * x) for x in MEAN]
-    return train.random_crop(
-        args.img_size, args.crop_min,
-        v2.RandAugment(2 if args.randaugment else 0, args.randaugment, num_magnitude_bins=11,
-                       interpolation=InterpolationMode.BILINEAR, fill=grey),
-        v2.RandomErasing(args.erasing, value=grey))
+def training_view(args) -> v2.Transform:
+    """Make the view of `linear` (resize to 256/224 of the size, random crop and flip) or of `finetune` (random crop and
+    flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing)."""
+    size, grey = args.img_size, [round(255 * x) for x in MEAN]
+    if args.task == "linear":
+        return v2.Compose([v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC, antialias=True),
+                           v2.RandomCrop(size), v2.RandomHorizontalFlip()])
+    randaugment = v2.RandAugment(2 if args.randaugment else 0, args.randaugment, num_magnitude_bins=11,
+                                 interpolation=InterpolationMode.BILINEAR, fill=grey)
+    return train.random_crop(size, args.crop_min, randaugment, v2.RandomErasing(args.erasing, value=grey))
 
 
 # ---------------------------------------------------------------- scores ----
@@ -192,13 +162,12 @@ def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list
 
 
 def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict the five best classes (n, 5) of all images, in evaluation mode; also return the labels (n,)."""
+    """Predict the five best classes (n, 5) of all images; also return the labels (n,). Ends in training mode."""
     for buffer in model.buffers() if WORLD > 1 else ():  # the BatchNorm statistics of the first process are used
         dist.broadcast(buffer, 0)
-    was_training = model.training
     model.eval()
     result = map_views(lambda batch: best_five(model(batch)), images, args)
-    model.train(was_training)
+    model.train()
     return result
 
 
@@ -242,9 +211,9 @@ def linear_cached(args, weights, data: Images, val: Images):
     """Train the linear probe on features that are computed once, without augmentation. A held-out tenth of the data
     chooses the learning rate; then the classifier is trained again on all of it. Every process trains the same one."""
     classes = len(data.classes)
-    probe = Probe(make_encoder(args, weights), args.pool, classes).to(DEVICE).eval()
-    x, y = train.features(probe.backbone, data, args, [args.pool])
-    norm = probe.head[0]
+    probe = make_classifier(args, weights, classes).to(DEVICE)
+    x, y = train.features(probe, data, args, [args.pool])
+    norm = probe.head[0].eval()
     norm.running_mean, norm.running_var = x[:, 0].mean(0), x[:, 0].var(0)
     x = norm(x[:, 0])
     torch.manual_seed(args.seed)  # reading images has changed the generator
@@ -284,11 +253,10 @@ def train_classifier(args, weights, data: Images, val: Images):
         return report_score(args, *classify(model, val, args), data.classes)
     if args.task == "linear":
         optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-        view, mixes = probe_view(args.img_size), []
+        mixes = []
     else:
         groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-        view = finetune_view(args)
         mixes = [kind(alpha=alpha, num_classes=len(data.classes))
                  for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
@@ -297,8 +265,7 @@ def train_classifier(args, weights, data: Images, val: Images):
 
     # A run that was interrupted before an evaluation begins with it.
     result = score_and_keep(run, val) if run.evaluation_due and run.step else None
-    model.train()
-    for micro_batches in run.steps(Views(data, view, args.seed)):
+    for micro_batches in run.steps(Views(data, training_view(args), args.seed)):
         lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
         for images, labels in micro_batches:
             images, labels = mix(images, labels)
@@ -321,17 +288,15 @@ def train_classifier(args, weights, data: Images, val: Images):
 
 def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
     """Build the whole SemAIM model of --checkpoint if the file has one that predicts pixels, else None."""
-    out = next((len(weights[f"prediction_head.{name}weight"]) for name in ("fc2.", "")
-                if f"prediction_head.{name}weight" in weights), 0)
-    if out != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
+    head = weights.get("prediction_head.fc2.weight", weights.get("prediction_head.weight", ()))
+    if len(head) != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
         return None
     names = ("order", "anchor", "loss", "norm_pix", "blur")
     options = {name: weights.config[name] for name in names if name in weights.config}
     model = SemAIM(args.img_size, args.patch_size, vit.cls_token.shape[-1], len(vit.blocks), vit.blocks[0].attn.heads,
                    query_depth=len({name.split(".")[1] for name in weights if name.startswith("query_blocks.")}),
                    head="mlp" if "prediction_head.fc2.weight" in weights else "linear", **options)
-    grid = args.img_size // args.patch_size
-    model.load_state_dict(weights | {"pos_embed": resize_positions(weights["pos_embed"], grid)})
+    model.load_state_dict(weights | {"pos_embed": vit.pos_embed})  # interpolated
     return model.eval()
 
 
@@ -363,20 +328,17 @@ def show(args, weights):
             raise ValueError(f"{shown.path(i)} is not readable as an image ({e})") from e
     pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
                                          [args.img_size, args.img_size]) for picture in pictures])
-    options = dict(activation=args.activation) if weights and "proj.weight" in weights else {}  # CLIP
-    vit = make_encoder(args, weights, **options).to(DEVICE).eval()
+    vit = make_encoder(args, weights, args.activation).to(DEVICE).eval()
     batch = normalise(pictures)
-    anchor = args.anchor or (weights.config.get("anchor", "cls") if weights else "cls")
-    names = dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS)
-    maps = {name: vit.similarity(batch, name) for name in names}
-    rows = {"image": pictures / 255}
-    for name in names:
-        rows[f"similarity\n({name},\nbright: high)" if name != "attention" else name] = maps[name]
-    kind = weights.config.get("order", "semantic") if weights else "semantic"
+    anchor = args.anchor or weights.config.get("anchor", "cls")
+    maps = {name: vit.similarity(batch, name) for name in ((anchor, "attention") if args.anchor else ANCHORS)}
+    rows = {f"similarity\n({name},\nbright: high)": similarity for name, similarity in maps.items()}
+    rows = {"image": pictures / 255} | rows
+    kind = weights.config.get("order", "semantic")
     order = patch_order(kind, maps[anchor])
     rows[f"order\n({kind},\nby {anchor},\nbright: early)"] = order
     statistics = {} if args.images else train.order_statistics(vit, data, anchor, args)
-    decoder = weights and make_decoder(args, weights, vit)
+    decoder = make_decoder(args, weights, vit)
     if decoder:
         decoder.to(DEVICE).anchor = anchor
         rows |= train.decoder_rows(decoder, batch, decoder(batch, order))
@@ -398,21 +360,9 @@ def stratified(data: Images, fraction: float, seed: int) -> Images:
     for label, name in enumerate(data.classes):
         own = shuffled[data.labels[shuffled] == label]
         kept.append(own[:round(fraction * len(own))])
-        if not len(kept[-1]):
-            raise ValueError(f"--label_fraction {fraction} leaves no image of class {name}, which has {len(own)}")
+        if not len(kept[-1]) or fraction > 1:
+            raise ValueError(f"--label_fraction {fraction} of the {len(own)} images of class {name} cannot be drawn")
     return data.subset(torch.cat(kept).sort().values)
-
-
-def model_size(weights, arch: str | None, heads: int | None) -> dict:
-    """Return arch, img_size and patch_size of the checkpoint, or of --arch for random weights."""
-    if weights is None:
-        arch = arch or "vit_nano"
-        return dict(arch=arch, patch_size=ARCHS[arch]["patch_size"],
-                    img_size=train.RECIPES.get(arch, train.PAPER)["img_size"])
-    vit = vit_like(weights, heads)
-    size = vit.cls_token.shape[-1], len(vit.blocks)
-    arch = next((name for name, known in ARCHS.items() if (known["dim"], known["depth"]) == size), "unknown")
-    return dict(arch=arch, patch_size=vit.patch_size, img_size=vit.img_size)
 
 
 def add_task_flags(parser: Parser, task: str, recipe: dict):
@@ -421,17 +371,14 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
     add = parser.add_argument_group("evaluation").add_argument
     if task == "show":
         add("images", nargs="*", metavar="IMAGE", help="image files; without any, eight images of --data")
-        add("--anchor", choices=ANCHORS, help="draw only this map and the attention, and order by it (default: draw "
-            "all, order by the run's anchor)")
+        add("--anchor", choices=ANCHORS, help="order by this map, draw it and attention (default: the run's; draw all)")
         add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="activation of a CLIP file")
-        parser.set_defaults(eval_only=False)
         return
-    add("--label_fraction", type=float, default=1.0, help="train on this share of every class")
-    add("--pool", choices=("cls", "mean"), help=f"[CLS] or the mean of the patch tokens (default: {recipe['pool']})")
+    add("--label_fraction", type=train.decimal, default=1.0, help="train on this share of every class")
+    add("--pool", choices=("cls", "mean"), default=recipe["pool"], help="[CLS] or the mean of the patch tokens")
     add("--per_class", action="store_true", help="also print the accuracy of each class")
     if task == "knn":
         add("--k", type=positive, nargs="+", default=[20, 10, 30], help="neighbours; the first is the result")
-        parser.set_defaults(eval_only=False)
         return
     add("--eval_only", action="store_true", help="only score the classifier in --checkpoint")
     add("--smoothing", type=train.decimal, default=recipe["smoothing"], help="label smoothing")
@@ -451,65 +398,55 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
 
 
 def parse_args(argv=None):
-    """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights or None)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] not in (*TASKS, "-h", "--help"):
-        raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
+    """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights; {} if random)."""
     first = Parser(add_help=False)
-    first.add_argument("--checkpoint", metavar="FILE", help="any file that semaim.load_weights reads (default: random "
-                       "weights)")
+    first.add_argument("--checkpoint", metavar="FILE", help="any file of ViT weights (default: random weights)")
     first.add_argument("--data", default="shapes", type=os.path.normpath, help=train.DATA_HELP)
     first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
     first.add_argument("--patch_size", type=positive, help="size of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
-    known = first.parse_known_args(argv)[0]
-    weights = None if known.checkpoint is None else load_weights(known.checkpoint)
-    if weights is None and known.heads:
-        raise ValueError("--heads needs --checkpoint FILE; random weights have the heads of --arch")
-    heads = known.heads or (weights.config.get("heads") if weights else None)
-    size = model_size(weights, known.arch, heads)
+    known, others = first.parse_known_args(argv)
+    weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
+    heads = known.heads or weights.config.get("heads")
+    arch = known.arch or "vit_nano"
+    size = ARCHS[arch] | train.RECIPES.get(arch, train.PAPER)
+    if weights:
+        vit = vit_like(weights, heads)
+        dim, depth = vit.cls_token.shape[-1], len(vit.blocks)
+        arch = next((name for name, a in ARCHS.items() if (a["dim"], a["depth"]) == (dim, depth)), "unknown")
+        size = dict(arch=arch, patch_size=vit.patch_size, img_size=vit.img_size)
+    first.set_defaults(arch=arch, patch_size=size["patch_size"], heads=heads, images=None, eval_only=False,
+                       cache_features=False)
     parser = Parser(description="Evaluate a pre-trained encoder.")
     tasks = parser.add_subparsers(dest="task", required=True)
-    defaults = size | train.machine_defaults(size["arch"], known.data)
-    recipes = {task: recipe | defaults | (NANO[task] if size["arch"] == "vit_nano" else {})
+    defaults = dict(img_size=size["img_size"]) | train.machine_defaults(arch, known.data)
+    if "--eval_only" in others:
+        defaults["pool"] = weights.config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
+    recipes = {task: recipe | defaults | (NANO.get(task, {}) if arch == "vit_nano" else {})
                for task, recipe in RECIPES.items()}
     for task, recipe in recipes.items():
         add_task_flags(tasks.add_parser(task, parents=[first], help=TASKS[task]), task, recipe)
     args = parser.parse_args(argv)
-    args.heads = heads
     for name in ("arch", "patch_size"):
-        if weights is not None and getattr(args, name) not in (None, size[name]):
+        if weights and getattr(args, name) != size[name]:
             raise ValueError(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]}; leave it out")
-        setattr(args, name, getattr(args, name) or size[name])
-    if args.img_size % args.patch_size:
-        raise ValueError(f"--img_size {args.img_size} is not a multiple of the patch size, {args.patch_size}")
     for name in ("accum_iter", "clip_grad", "grad_checkpointing", "resume", "stop_after"):
-        if getattr(args, "cache_features", False) and getattr(args, name) not in (None, False, 0.0):
+        if args.cache_features and getattr(args, name) not in (None, False, 0.0):
             raise ValueError(f"--{name} has no effect with --cache_features")
-    if weights is None and args.eval_only:
-        raise ValueError("--eval_only needs --checkpoint FILE, a classifier")
-    if args.task != "show":
-        if weights is not None and "proj.weight" in weights:
-            raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
-        if not 0 < args.label_fraction <= 1:
-            raise ValueError(f"--label_fraction {args.label_fraction} is not above 0 and at most 1")
-        if args.eval_only:
-            args.pool = args.pool or weights.config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
-        args.pool = args.pool or recipes[args.task]["pool"]
+    if args.task != "show" and "proj.weight" in weights:
+        raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
     if args.output_dir is None:
         folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{args.arch}-random"
-        data = [] if getattr(args, "images", None) else [Path(args.data).resolve().name]
-        args.output_dir = str(folder / "-".join([args.task, *data]))
+        args.output_dir = str(folder / (args.task if args.images else f"{args.task}-{Path(args.data).resolve().name}"))
     # With cached features every process trains the whole classifier: the batch is not split over processes.
-    train.settle_batch(args, recipes[args.task], 1 if getattr(args, "cache_features", False) else WORLD)
+    train.settle_batch(args, recipes[args.task], 1 if args.cache_features else WORLD)
     return args, weights
 
 
 def evaluate(args, weights):
     """Run one evaluation, from the command line's arguments to the JSON line."""
     train.join_processes()
-    if weights is not None:
-        say(weights.summary)
+    say(weights.summary or "no --checkpoint: the weights are random")
     torch.manual_seed(args.seed)
     if args.task == "show":
         return show(args, weights)
@@ -517,13 +454,13 @@ def evaluate(args, weights):
     val = load_data(args.data, "val", args.data_root, data.classes)
     if data.labels is None or val is None or val.labels is None:
         raise ValueError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
-    if args.label_fraction < 1:
+    if args.label_fraction != 1:
         data = stratified(data, args.label_fraction, args.seed)
     say(f"{args.task} of {args.arch} at {args.img_size} px on {args.data}: {len(data):,} images for training, "
         f"{len(val):,} for the score, {WORLD} x {DEVICE.type} in {args.precision}, results in {args.output_dir}")
     if args.task == "knn":
         knn(args, weights, data, val)
-    elif args.task == "linear" and args.cache_features and not args.eval_only:
+    elif args.cache_features and not args.eval_only:
         linear_cached(args, weights, data, val)
     else:
         train_classifier(args, weights, data, val)

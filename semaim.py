@@ -602,17 +602,15 @@ def _read_safetensors(path) -> dict[str, Tensor]:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, 2**24):  # 16 MiB is far more than any ViT needs
             raise ValueError("the header is too long")
-        header = json.loads(file.read(length), object_pairs_hook=list)  # lists of pairs show names that occur twice
-    entries = {name: dict(entry) for name, entry in header if name != "__metadata__"}
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
     data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
-    weights, end = {}, 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if len(shape) > 8 or start != end or stop < start or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} does not fit its offsets")
-        weights[name], end = data[start:stop].clone().view(dtype).view(shape), stop  # a copy is aligned
-    if end != len(data) or len(dict(header)) < len(header):
-        raise ValueError("the tensors do not fill the file, or a name occurs twice")
+    if sum(abs(stop - start) for start, stop in (entry["data_offsets"] for entry in header.values())) != len(data):
+        raise ValueError("the tensors do not fill the file")
+    weights = {}
+    for name, entry in header.items():
+        part = data[slice(*entry["data_offsets"])].clone()  # a copy is aligned
+        weights[name] = part.view(DTYPES[entry["dtype"]]).view(entry["shape"])  # fails for another size
     return weights
 
 
@@ -638,11 +636,11 @@ def _read_file(path):
 ENCODER = ("cls_token", "pos_embed", "register_tokens", "patch_embed.", "norm_pre.", "blocks.", "norm.", "proj.")
 HEADS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
 LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # the encoder's tokens do not depend on these
-CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
+NAMES = (  # names of timm's registers and of OpenAI's CLIP, without `visual.` -> ours
     (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^conv1\.", "patch_embed.proj."),
     (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"),
     (r"^transformer\.resblocks\.", "blocks."), (r"\.ln_([12])\.", r".norm\1."), (r"\.in_proj_", ".qkv."),
-    (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
+    (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."), (r"^reg_token$", "register_tokens"))
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard deviation of ImageNet, then CLIP's
               (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -669,11 +667,9 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
             weights[name] = w
     image_tower = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
     weights = image_tower or weights  # CLIP may come with its text tower
-    for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
-        if any(mark in name for name in weights):
-            raise _Refused(f"has {feature}, which are not supported")
-    if "cls_token" not in weights and "class_embedding" not in weights:
-        raise _Refused(f"holds no ViT with CLS: its first weights are {', '.join([*weights][:3]) or 'missing'}")
+    if "class_embedding" not in weights and not {"cls_token", "pos_embed"} <= weights.keys():
+        raise _Refused("holds no ViT with CLS and learned positions: its first weights are "
+                       + (", ".join([*weights][:3]) or "missing"))
     if sum(w.nbytes for w in weights.values()) > size:
         raise _Refused("is corrupt: its tensors are larger than the file")
     # Copies, because a tensor that is mapped to the file would change or crash when the file is overwritten.
@@ -682,9 +678,9 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
 
 def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of CLIP and timm, and fold in what this file's ViT does not have but can compute exactly."""
-    if "class_embedding" in weights:
-        for old, new in CLIP_NAMES:
-            weights = {re.sub(old, new, name): w for name, w in weights.items()}
+    for old, new in NAMES:
+        weights = {re.sub(old, new, name): w for name, w in weights.items()}
+    if weights["pos_embed"].ndim == 2:  # OpenAI's CLIP
         weights["cls_token"], weights["pos_embed"] = weights["cls_token"][None, None], weights["pos_embed"][None]
         weights["proj.weight"] = weights["proj.weight"].t()
     if "norm_pre.weight" in weights and "head.weight" in weights:  # timm's CLIP
@@ -698,16 +694,13 @@ def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         kernel = weights["patch_embed.proj.weight"]
         weights["patch_embed.proj.weight"] = kernel * (std / clip_std)
         weights["patch_embed.proj.bias"] = (kernel * ((mean - clip_mean) / clip_std)).sum((1, 2, 3))
-    scales = [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma"))]
     dim, blocks = weights["cls_token"].shape[-1], {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if scales and (len(scales) != 2 * len(blocks) or any(weights[name].shape != (dim,) for name in scales)):
-        raise _Refused("is another kind of ViT: LayerScale is missing in some blocks, or not one factor per channel")
-    for name in scales:  # gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
+    scales = [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma")) and weights[name].shape == (dim,)]
+    for name in scales if len(scales) == 2 * len(blocks) else ():  # LayerScale of some blocks alone: _select refuses it
+        # gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
         gamma, layer = weights.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
         weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
         weights[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
-    if "reg_token" in weights:
-        weights["register_tokens"] = weights.pop("reg_token")
     if math.isqrt(weights["pos_embed"].shape[1]) ** 2 == weights["pos_embed"].shape[1]:  # CLS has no position
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))
     return weights
@@ -769,10 +762,7 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     """Interpolate position embeddings (1, 1 + g*g, D) to (1, 1 + grid*grid, D); CLS keeps its position.
 
     Bicubic with antialiasing, as in timm; Meta's DINOv2 differs slightly (by default, no antialiasing)."""
-    old = math.isqrt(pos_embed.shape[1] - 1)
-    if old == grid:
-        return pos_embed
-    patches = rearrange(pos_embed[:, 1:], "n (h w) d -> n d h w", h=old)
+    patches = rearrange(pos_embed[:, 1:], "n (h w) d -> n d h w", h=math.isqrt(pos_embed.shape[1] - 1))
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
     return torch.cat([pos_embed[:, :1], rearrange(patches, "n d h w -> n (h w) d")], dim=1)
 
@@ -787,8 +777,7 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     if not heads and dim % 64:
-        raise ValueError(f"the weights do not tell how many heads a ViT of width {dim} has; give heads=, or --heads or "
-                         "--teacher_heads")
+        raise ValueError(f"width {dim} does not tell the number of heads; give heads= (--heads, --teacher_heads)")
     heads = heads or (16 if dim in (1280, 1408) else dim // 64)
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)

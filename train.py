@@ -536,7 +536,7 @@ class Run:
             self.scaler.load_state_dict(checkpoint["scaler"])
             self.ema.load_state_dict(checkpoint["ema"])
             self.step, self.seconds, self.best = (checkpoint[name] for name in ("step", "seconds", "best"))
-            say(f"{source}: resuming after step {self.step} of {self.last_step}" if not self.finished else
+            say(f"{source}: resuming after step {self.step} of {self.last_step}" if self.step < self.last_step else
                 f"{source}: all {self.step} steps are done, nothing to train")
         log, lines = self.folder / "log.jsonl", []
         if RANK == 0 and log.exists():
@@ -681,7 +681,14 @@ class Run:
 
 def gather(batches: list[torch.Tensor]) -> torch.Tensor:
     """Join the batches (n, ...) of all processes: (total, ...), in the order of the images."""
-    return torch.cat([part.to(DEVICE) for part in from_all(torch.cat(batches).cpu())])
+    part = torch.cat(batches).to(DEVICE)
+    if WORLD == 1:
+        return part
+    parts = [part.new_empty(size, *part.shape[1:]) for size in from_all(len(part))]
+    parts[RANK] = part
+    for rank, values in enumerate(parts):
+        dist.broadcast(values, rank)
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -893,7 +900,7 @@ def train(args):
     model, teacher = make_model(args)  # a teacher decides both the order and the target
     optimizer = make_optimizer(model, args.weight_decay)
     run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
-    if run.finished:
+    if run.step == run.last_step:
         return evaluate(run, teacher, data, val) if run.evaluation_due else None
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
