@@ -1258,7 +1258,10 @@ def test_runs_with_a_teacher(tmp_path):
 def test_ema_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     whole = run(tmp_path, "--target", "ema", out="whole")
     interrupt_at(4, monkeypatch)
+    decays, update = [], train.ema_update
+    monkeypatch.setattr(train, "ema_update", lambda *models, decay: (decays.append(decay), update(*models, decay)))
     assert run(tmp_path, "--target", "ema", out="interrupted")["step"] == 4
+    assert decays == pytest.approx([0.999 + 0.0009 * step / 3 / 100 for step in range(4)], abs=1e-9)
     again = run(tmp_path, "--target", "ema", out="interrupted")
     for part in ("model", "ema"):
         assert all(torch.equal(again[part][name], w) for name, w in whole[part].items())
