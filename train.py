@@ -483,7 +483,8 @@ class Run:
     training set; ema: a module that is saved with the model. Raises ValueError or OSError."""
 
     def __init__(self, args, model, optimizer, n_images: int, ema=None):
-        self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema or torch.nn.Identity()
+        self.args, self.model, self.optimizer = args, model, optimizer
+        self.ema = ema or torch.nn.Identity()  # which has no state
         if n_images < WORLD:
             raise ValueError(f"--data {args.data}: {n_images} images are fewer than {WORLD} processes")
         self.batch, self.accum_iter = split_batch(min(args.total_batch, n_images), args.batch_size, WORLD)
