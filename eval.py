@@ -13,6 +13,7 @@ holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the 
 The last line printed is one JSON object: task, top1 and top5 in %, or for show the picture's path.
 """
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -162,9 +163,11 @@ def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list
 
 
 def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict the five best classes (n, 5) of all images; also return the labels (n,). Ends in training mode."""
-    for buffer in model.buffers() if WORLD > 1 else ():  # the BatchNorm statistics of the first process are used
-        dist.broadcast(buffer, 0)
+    """Predict the five best classes (n, 5) of all images and return them with the labels (n,). Leaves the model in
+    training mode."""
+    if WORLD > 1:
+        for buffer in model.buffers():  # the BatchNorm statistics of the first process are used
+            dist.broadcast(buffer, 0)
     model.eval()
     result = map_views(lambda batch: best_five(model(batch)), images, args)
     model.train()
@@ -218,7 +221,8 @@ def linear_cached(args, weights, data: Images, val: Images):
     x = norm(x[:, 0])
     torch.manual_seed(args.seed)  # reading images has changed the generator
     order = torch.randperm(len(x))
-    held_out, rest = order[:-(-len(x) // 10)], order[-(-len(x) // 10):]
+    tenth = math.ceil(len(x) / 10)
+    held_out, rest = order[:tenth], order[tenth:]
     lrs = [args.blr * args.total_batch / 256 * factor for factor in (0.03, 0.1, 0.3, 1, 3, 10)]
     start = time.monotonic()
     heads = fit_heads(x[rest], y[rest], classes, lrs, args)
@@ -233,7 +237,8 @@ def linear_cached(args, weights, data: Images, val: Images):
 
 
 def score_and_keep(run: Run, val: Images) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the classifier on val, report and log it, and save best.pt if it is the best so far -> as classify."""
+    """Score the classifier on val, report and log it, and save best.pt if it is the best so far. Returns what classify
+    returns."""
     result = classify(run.model, val, run.args)
     scores = score(*result)
     say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
@@ -273,7 +278,7 @@ def train_classifier(args, weights, data: Images, val: Images):
                 loss = F.cross_entropy(run.forward(images), labels, label_smoothing=args.smoothing)
             run.backward(loss)
         run.log_step(run.update(lr))
-        if run.evaluation_due:
+        if run.evaluation_due:  # before the save, because last.pt keeps the best score
             result = score_and_keep(run, val)
         if run.save_due:
             run.save()
@@ -371,7 +376,8 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
     add = parser.add_argument_group("evaluation").add_argument
     if task == "show":
         add("images", nargs="*", metavar="IMAGE", help="image files; without any, eight images of --data")
-        add("--anchor", choices=ANCHORS, help="order by this map, draw it and attention (default: the run's; draw all)")
+        add("--anchor", choices=ANCHORS, help="draw this map and attention, and order by this map (default: draw "
+            "all, and order by the run's anchor)")
         add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="activation of a CLIP file")
         return
     add("--label_fraction", type=train.decimal, default=1.0, help="train on this share of every class")
@@ -389,11 +395,11 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
         return
     add = parser.add_argument_group("regularisation").add_argument
     add("--randaugment", type=int, choices=range(11), metavar="0-10", default=recipe["randaugment"],
-        help="magnitude; 0: none")
+        help="magnitude of RandAugment; 0: off")
     for name, what in (("layer_decay", "factor of the learning rate from one layer to the one below"),
                        ("drop_path", "chance that a sample skips a branch of the last block"),
                        ("crop_min", "smallest share of the area in a crop"), ("erasing", "chance of RandomErasing"),
-                       ("mixup", "alpha; 0: none"), ("cutmix", "alpha; 0: none")):
+                       ("mixup", "alpha of MixUp; 0: off"), ("cutmix", "alpha of CutMix; 0: off")):
         add(f"--{name}", type=train.decimal, default=recipe[name], help=what)
 
 
@@ -403,7 +409,7 @@ def parse_args(argv=None):
     first.add_argument("--checkpoint", metavar="FILE", help="any file of ViT weights (default: random weights)")
     first.add_argument("--data", default="shapes", type=os.path.normpath, help=train.DATA_HELP)
     first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
-    first.add_argument("--patch_size", type=positive, help="size of random weights; a checkpoint has its own")
+    first.add_argument("--patch_size", type=positive, help="patch size of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
     known, others = first.parse_known_args(argv)
     weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
@@ -431,7 +437,7 @@ def parse_args(argv=None):
         if weights and getattr(args, name) != size[name]:
             raise ValueError(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]}; leave it out")
     for name in ("accum_iter", "clip_grad", "grad_checkpointing", "resume", "stop_after"):
-        if args.cache_features and getattr(args, name) not in (None, False, 0.0):
+        if args.cache_features and getattr(args, name):
             raise ValueError(f"--{name} has no effect with --cache_features")
     if args.task != "show" and "proj.weight" in weights:
         raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")

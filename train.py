@@ -6,8 +6,9 @@
     torchrun --nproc_per_node=8 train.py --arch vit_base --data DIR    the same on 8 GPUs (--nnodes for more)
 
 DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*), or just images. Run the same command again to resume an
-interrupted run. Random numbers depend only on --seed and, for views, on (epoch, image), for patch orders and mixing on
-(step, micro-batch, process). The number of workers and the place of an interruption do not change the result.
+interrupted run. All random numbers depend on --seed. Those of a view also depend on (epoch, image), those of patch
+orders and mixing on (step, micro-batch, process). The number of workers and the place of an interruption do not change
+the result.
 
 The file reads in this order: recipes, processes, data, optimiser and schedule, checkpoints and the run, evaluation and
 pictures, train(), command line.
@@ -113,8 +114,8 @@ def from_all(value) -> list:
 
 
 def autocast(precision: str):
-    """Return the mixed-precision context of a forward pass. autocast's cache is off, because with --grad_checkpointing
-    it needs more memory than the activations."""
+    """Return the mixed-precision context of a forward pass. The cache of autocast is always off: with
+    --grad_checkpointing, the cached weights would need more memory than the activations."""
     dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[precision]
     return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
@@ -276,7 +277,7 @@ def load_folder(folder: Path, classes=None) -> Images:
     other = sorted(str(path) for path in folder.glob("[!.]*") if path.name not in names)
     if other:
         say(f"{len(other)} ignored (not class folders with images): "
-            + ", ".join(other[:3]) + ", ..." * (len(other) > 3))
+            + ", ".join(other[:3]) + (", ..." if len(other) > 3 else ""))
     number = {name: i for i, name in enumerate(classes or sorted(names))}
     if not names <= number.keys():
         raise ValueError(f"{folder} has a class that the training set does not have: {min(names - number.keys())}")
@@ -392,7 +393,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 def split_batch(total: int, largest: int, processes: int) -> tuple[int, int]:
     """Split a total batch over processes and micro-batches -> (images per micro-batch, at most `largest`; micro-batches
     per step). The total is rounded down to a multiple of processes x micro-batches."""
-    accum_iter = max(1, min(-(-total // (processes * largest)), total // processes))
+    accum_iter = max(1, min(math.ceil(total / (processes * largest)), total // processes))
     return max(1, total // (processes * accum_iter)), accum_iter
 
 
@@ -447,7 +448,7 @@ def load_checkpoint(path) -> dict:
             continue
         if not {"model", "config", "step", "optimizer"} <= set(checkpoint):
             continue
-        if file != path and RANK == 0 and path.exists():  # or the next save would keep it as `previous`
+        if file != path and RANK == 0 and path.exists():  # the next save would replace the good previous file by it
             os.replace(path, path.with_suffix(".bad"))
             say(f"{path} is corrupt or not a run's last.pt; renamed to {path.stem}.bad, and {file.name} is used")
         return checkpoint
@@ -545,7 +546,7 @@ class Run:
             lines = [line for line, step in found if int(step) <= self.step]
             log.with_suffix(".tmp").write_text("".join(lines))
             os.replace(log.with_suffix(".tmp"), log)
-        # The run may have been interrupted before an evaluation. The log line of an evaluation has no loss.
+        # Evaluate before the first step, and if an evaluation was interrupted. Its log line has no loss.
         evaluated = any(f'"step": {self.step},' in line and '"loss"' not in line for line in lines)
         ended = self.step == self.last_step or self.epoch_ended(self.args.eval_every)
         self.evaluation_due = ended and not from_all(evaluated)[0]
@@ -590,7 +591,7 @@ class Run:
             images, labels, _ = next(batches)
             torch.manual_seed(hash((self.args.seed, self.step, micro, RANK)))  # order ties, random orders, mixing
             if WORLD > 1:
-                self.forward.require_backward_grad_sync = micro == self.accum_iter - 1  # gradients are summed once
+                self.forward.require_backward_grad_sync = micro == self.accum_iter - 1  # DDP averages in the last
             yield images, labels
 
     def backward(self, loss: torch.Tensor, **measures: torch.Tensor):
@@ -613,8 +614,9 @@ class Run:
         if WORLD > 1:
             dist.all_reduce(values)
             values /= WORLD
-        *values, stop = values.tolist()
-        measures, self.measures = dict(zip(self.measures, values)), {}
+        *means, stop = values.tolist()
+        measures = dict(zip(self.measures, means))
+        self.measures = {}
         # With fp16, an infinite gradient norm is normal: the scaler skips the step and lowers its scale.
         if not math.isfinite(measures["loss"] + (0 if self.scaler.is_enabled() else measures["grad_norm"])):
             raise ValueError(f"the loss is {measures['loss']} (gradient norm {measures['grad_norm']}) at step "
@@ -626,7 +628,7 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
-        self.end = self.step if stop else self.end
+        self.end = self.step if stop else self.end  # a signal ends the run here
         self.evaluation_due = self.step == self.last_step or (self.epoch_ended(self.args.eval_every) and not stop)
         waited = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
         self.save_due = waited or self.evaluation_due or self.step == self.end
@@ -660,13 +662,14 @@ class Run:
                 say(f"{self.folder / 'log.jsonl'} misses a line ({e.strerror}); training continues")
 
     def save(self, name: str = "last.pt", **more):
-        """Write a checkpoint. last.pt has everything to resume from, other files the weights and the fields in `more`.
-        A failed write is reported, and raises OSError only if no later save can follow."""
+        """Write a checkpoint. last.pt has everything that a resume needs. Other files have the weights, config, epoch,
+        step and the fields in `more`. A failed write is reported. Raises OSError if no later save can follow."""
+        if name == "last.pt":
+            self.saved = time.monotonic()
         if RANK:
             return
         checkpoint = dict(model=self.model.state_dict(), config=self.config, epoch=self.epoch, step=self.step) | more
         if name == "last.pt":
-            self.saved = time.monotonic()
             checkpoint |= dict(optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                                ema=self.ema.state_dict(), seconds=self.seconds, best=self.best)
         try:
@@ -694,8 +697,8 @@ def gather(batches: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def map_views(function, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply a function to normalised batches (n, 3, size, size) of the evaluation views of all images, which the
-    processes share -> its joined results (total, ...) and the labels (total,), without unreadable images."""
+    """Apply a function to the evaluation views of all images, in normalised batches (n, 3, size, size). Each process
+    takes a part. Returns the results (total, ...) of all and the labels (total,), without unreadable images."""
     if len(images) < WORLD:
         raise ValueError(f"--data {args.data}: {len(images)} images are fewer than {WORLD} processes")
     keys = [(0, index) for index in torch.arange(len(images)).tensor_split(WORLD)[RANK].tolist()]
@@ -704,7 +707,8 @@ def map_views(function, images: Images, args) -> tuple[torch.Tensor, torch.Tenso
     results = []
     for batch, labels, unreadable in tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / args.batch_size),
                                           leave=False, disable=not TERMINAL):
-        with autocast(args.precision):  # copies, because a tensor of a loader worker keeps a file open
+        with autocast(args.precision):
+            # clone, because a tensor of a loader worker keeps a file open
             results.append((function(batch), labels.clone(), unreadable.clone()))
     values, labels, unreadable = (gather(part) for part in zip(*results))
     return values[unreadable < 0], labels[unreadable < 0]
@@ -898,7 +902,7 @@ def train(args):
     val = load_data(args.data, "val", args.data_root, data.classes)
 
     torch.manual_seed(args.seed)
-    model, teacher = make_model(args)  # a teacher decides both the order and the target
+    model, teacher = make_model(args)  # without a teacher (None), the model decides order and target
     optimizer = make_optimizer(model, args.weight_decay)
     run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
     if run.step == run.last_step:
@@ -914,7 +918,7 @@ def train(args):
         epoch = run.epoch
         lr = learning_rate(epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
 
-        # Gradients of accum_iter micro-batches add up. DDP averages them over the processes after the last micro-batch.
+        # Gradients of accum_iter micro-batches add up. DDP averages them over the processes in the last one.
         for images, _ in micro_batches:
             with autocast(args.precision):
                 inputs = teacher_inputs(teacher, images, args.anchor)
@@ -989,8 +993,9 @@ def add_shared_flags(parser: Parser, recipe: dict):
     add("--img_size", type=positive, default=recipe["img_size"], help="size of the input in pixels")
     add("--workers", type=not_negative, default=recipe["workers"], help="loader processes")
     add = parser.add_argument_group("machine").add_argument
-    add("--output_dir", help="default: a folder named after the run")
-    add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"], help="of the forward pass")
+    add("--output_dir", help="default: train.py: a folder named after the run; eval.py: one next to the checkpoint")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"],
+        help="number format of the forward pass")
     add("--batch_size", type=positive, help="largest number of images in a micro-batch of a process; a value above "
         f"the process's share of the total batch makes the total larger (default: {recipe['batch_size']})")
     add("--seed", type=int, default=0, help="seed of weights, data order, views and patch orders")
@@ -1014,7 +1019,7 @@ def add_training_flags(parser: Parser, recipe: dict):
     add("--stop_after", type=positive, metavar="STEP", help="save and stop after this step")
     add("--save_every_minutes", type=decimal, default=10.0, metavar="MINUTES", help="time between two checkpoints")
     add("--eval_every", type=not_negative, default=recipe["eval_every"], metavar="EPOCHS",
-        help="evaluate this often and at the end; 0: only at the end")
+        help="evaluate this often and at the end (pre-training: also before the first step); 0: only at the end")
     return add
 
 
@@ -1049,13 +1054,15 @@ def parse_args(argv=None):
     add("--head", default="mlp", choices=("mlp", "linear"), help="the prediction head")
     add("--teacher", metavar="FILE", help="weights of the teacher for --target dino or clip")
     add("--teacher_heads", type=positive, metavar="N", help="attention heads of the teacher (default: 64 wide each)")
-    add("--teacher_activation", default="quick_gelu", choices=("quick_gelu", "gelu"), help="of a CLIP teacher")
+    add("--teacher_activation", default="quick_gelu", choices=("quick_gelu", "gelu"),
+        help="activation of a CLIP teacher")
     add("--init_weights", metavar="FILE", help="weights to start from (default: random)")
     add_shared_flags(parser, recipe)
     add = add_training_flags(parser, recipe)
     add("--keep_every", type=not_negative, default=recipe["keep_every"], metavar="EPOCHS",
         help="keep the weights this often, as epoch-N.pt; 0: never")
-    add("--knn_images", type=not_negative, default=60_000, help="most images of train and val to evaluate on; 0: none")
+    add("--knn_images", type=not_negative, default=60_000,
+        help="largest number of images of train and of val for k-NN; 0: no evaluation at all")
     args = parser.parse_args(argv)
     if (args.target in ("dino", "clip")) != (args.teacher is not None):
         raise ValueError(f"--target {args.target} {'takes no' if args.teacher else 'needs'} --teacher FILE")
