@@ -15,6 +15,7 @@ The last line printed is one JSON object: task, top1 and top5 in %, or for show 
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -78,10 +79,6 @@ def make_encoder(args, weights, activation="quick_gelu", **options) -> ViT:
 def make_classifier(args, weights, classes: int) -> ViT:
     """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes). `linear` trains only the
     head, on features after the final norm, which BatchNorm without affine parameters scales."""
-    head = "head.1.weight" if args.task == "linear" else "head.weight"
-    if args.eval_only and len(weights.get(head, ())) != classes:
-        raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; --checkpoint {args.checkpoint} "
-                         f"has no {head} for the {classes} classes of --data {args.data}")
     if args.task == "linear":
         model = make_encoder(args, weights).requires_grad_(False)
         model.pool, dim = args.pool, model.cls_token.shape[-1]
@@ -91,7 +88,12 @@ def make_classifier(args, weights, classes: int) -> ViT:
         model.head = linear_head(model.head.in_features, classes, std=2e-5)
         model.grad_checkpointing = args.grad_checkpointing
     if args.eval_only:
-        model.head.load_state_dict({name[5:]: w for name, w in weights.items() if name.startswith("head.")})
+        own = {name: w for name, w in model.head.state_dict().items() if w.ndim}  # without BatchNorm's counter
+        saved = {name: weights[f"head.{name}"] for name in own if f"head.{name}" in weights}
+        if any(name not in saved or saved[name].shape != w.shape for name, w in own.items()):
+            raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; --checkpoint "
+                             f"{args.checkpoint} has none for the {classes} classes of --data {args.data}")
+        model.head.load_state_dict(saved, strict=False)
     return model
 
 
@@ -311,8 +313,8 @@ def loss_by_place(model: SemAIM, images: Images, args) -> list[float]:
         out = model(batch)
         return out.loss_map.gather(1, out.order)
 
-    parts = map_views(losses, images.evenly(2000), args)[0].tensor_split(8, dim=1)
-    return [round(part.mean().item(), 4) for part in parts]
+    values = map_views(losses, images.evenly(2000), args)[0]
+    return [round(part.mean().item(), 4) for part in values.tensor_split(min(8, values.shape[1]), dim=1)]
 
 
 @torch.no_grad()
@@ -405,12 +407,15 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
 
 def parse_args(argv=None):
     """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights; {} if random)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] not in (*TASKS, "-h", "--help"):
+        raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
     first = Parser(add_help=False)
     first.add_argument("--checkpoint", metavar="FILE", help="any file of ViT weights (default: random weights)")
     first.add_argument("--data", default="shapes", type=os.path.normpath, help=train.DATA_HELP)
     first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
     first.add_argument("--patch_size", type=positive, help="patch size of random weights; a checkpoint has its own")
-    first.add_argument("--heads", type=positive, help="attention heads (default: 64 wide each)")
+    first.add_argument("--heads", type=positive, help="attention heads; 64 wide each if nothing tells their number")
     known, others = first.parse_known_args(argv)
     weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
     heads = known.heads or weights.config.get("heads")

@@ -605,7 +605,8 @@ def _read_safetensors(path) -> dict[str, Tensor]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
-    if sum(abs(stop - start) for start, stop in (entry["data_offsets"] for entry in header.values())) != len(data):
+    offsets = [entry["data_offsets"] for entry in header.values()]
+    if any(not 0 <= start <= stop for start, stop in offsets) or sum(b - a for a, b in offsets) != len(data):
         raise ValueError("the tensors do not fill the file")
     weights = {}
     for name, entry in header.items():
@@ -667,6 +668,9 @@ def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], s
             weights[name] = w
     image_tower = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
     weights = image_tower or weights  # CLIP may come with its text tower
+    for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
+        if any(mark in name for name in weights):
+            raise _Refused(f"has {feature}, which are not supported")
     if "class_embedding" not in weights and not {"cls_token", "pos_embed"} <= weights.keys():
         raise _Refused("holds no ViT with CLS and learned positions: its first weights are "
                        + (", ".join([*weights][:3]) or "missing"))

@@ -405,6 +405,11 @@ def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, 
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(progress, 1))) / 2
 
 
+def ema_decay(epoch: float) -> float:
+    """Return the decay of the "ema" teacher: 0.999, rising to 0.9999 over the first 100 epochs."""
+    return 0.999 + 0.0009 * min(epoch / 100, 1)
+
+
 def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.AdamW:
     """Make AdamW for pre-training, without weight decay for biases and other 1-D parameters. The training loop sets the
     learning rate."""
@@ -446,13 +451,13 @@ def load_checkpoint(path) -> dict:
                 if not isinstance(e, pickle.UnpicklingError) and zipfile.ZipFile(file).testzip() is None:
                     raise OSError(f"{file} could not be read ({str(e).splitlines()[0]}); try again") from e
             continue
-        if not {"model", "config", "step", "optimizer"} <= set(checkpoint):
+        if not {"model", "config", "step"} <= set(checkpoint):
             continue
         if file != path and RANK == 0 and path.exists():  # the next save would replace the good previous file by it
             os.replace(path, path.with_suffix(".bad"))
-            say(f"{path} is corrupt or not a run's last.pt; renamed to {path.stem}.bad, and {file.name} is used")
+            say(f"{path} is corrupt, or from another program; renamed to {path.stem}.bad, and {file.name} is used")
         return checkpoint
-    raise ValueError(f"{path} is corrupt or not a run's last.pt, and there is no previous checkpoint; move it "
+    raise ValueError(f"{path} is corrupt, or from another program, and there is no previous checkpoint; move it "
                      "away to start again" if path.exists() else f"{path}: no such file")
 
 
@@ -531,6 +536,8 @@ class Run:
         source = self.last if saved else self.args.resume
         if source:
             checkpoint = load_checkpoint(source)
+            if "optimizer" not in checkpoint:
+                raise ValueError(f"{source} holds only weights; resume from a last.pt, or use --init_weights")
             check_config(source, checkpoint["config"], self.config)
             self.model.load_state_dict(checkpoint["model"])
             # A copy, because the optimiser would keep tensors that are mapped to the file.
@@ -757,8 +764,9 @@ def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, fl
     maps, flipped = map_views(pairs, images.evenly(2000), args)[0].float().unbind(1)
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
-    back = flipped.unflatten(1, (math.isqrt(maps.shape[1]), -1)).flip(2).flatten(1)
-    mirrored = maps.argmax(1) == back.argmax(1)
+    grid = math.isqrt(maps.shape[1])
+    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid  # not of the flipped map: ties take the first patch
+    mirrored = flipped.argmax(1) == row * grid + grid - 1 - column
     return dict(position_share=round(share.item(), 4), mirrored=round(mirrored.float().mean().item(), 4))
 
 
@@ -928,8 +936,8 @@ def train(args):
 
         # Clip, check that all is finite, update the weights, count the step, decide whether a save is due.
         measures = run.update(lr)
-        if args.target == "ema":  # the decay rises from 0.999 to 0.9999 over the first 100 epochs
-            ema_update(teacher, model, decay=0.999 + 0.0009 * min(epoch / 100, 1))
+        if args.target == "ema":
+            ema_update(teacher, model, ema_decay(epoch))
         run.log_step(measures)
 
         # Save before evaluating, which may take longer than a scheduler waits after SIGTERM.
