@@ -766,7 +766,10 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     """Interpolate position embeddings (1, 1 + g*g, D) to (1, 1 + grid*grid, D); CLS keeps its position.
 
     Bicubic with antialiasing, as in timm; Meta's DINOv2 differs slightly (by default, no antialiasing)."""
-    patches = rearrange(pos_embed[:, 1:], "n (h w) d -> n d h w", h=math.isqrt(pos_embed.shape[1] - 1))
+    old = math.isqrt(pos_embed.shape[1] - 1)
+    if old == grid:
+        return pos_embed
+    patches = rearrange(pos_embed[:, 1:], "n (h w) d -> n d h w", h=old)
     patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", antialias=True)
     return torch.cat([pos_embed[:, :1], rearrange(patches, "n d h w -> n (h w) d")], dim=1)
 
@@ -781,7 +784,7 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     if not heads and dim % 64:
-        raise ValueError(f"width {dim} does not tell the number of heads; give heads= (--heads, --teacher_heads)")
+        raise ValueError(f"a ViT of width {dim} may have any number of heads; give heads= (--heads, --teacher_heads)")
     heads = heads or (16 if dim in (1280, 1408) else dim // 64)
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
