@@ -1001,7 +1001,8 @@ def add_shared_flags(parser: Parser, recipe: dict):
     add("--img_size", type=positive, default=recipe["img_size"], help="size of the input in pixels")
     add("--workers", type=not_negative, default=recipe["workers"], help="loader processes")
     add = parser.add_argument_group("machine").add_argument
-    add("--output_dir", help="default: train.py: a folder named after the run; eval.py: one next to the checkpoint")
+    add("--output_dir", metavar="DIR", help="folder for the results (default: train.py, a folder named after the run; "
+        "eval.py, a folder next to the checkpoint)")
     add("--precision", choices=("bf16", "fp16", "fp32"), default=recipe["precision"],
         help="number format of the forward pass")
     add("--batch_size", type=positive, help="largest number of images in a micro-batch of a process; a value above "
