@@ -1567,11 +1567,12 @@ def test_an_unreadable_image_is_not_counted(tmp_path, capsys, pretrained):
 
 
 PROCESSES = """
-import sys, eval
+import sys, eval, train
 data, checkpoint, classifier, out = sys.argv[1:]
-for flags in (["knn", "--k", "3", "--checkpoint", checkpoint], ["finetune", "--eval_only", "--checkpoint", classifier],
-              ["linear", "--cache_features", "--checkpoint", checkpoint]):
-    eval.evaluate(*eval.parse_args([*flags, "--data", data, "--workers", "0", "--output_dir", out]))
+with train.user_errors():  # which leaves the process group at the end, as main does
+    for flags in (["knn", "--k", "3", "--checkpoint", checkpoint], ["finetune", "--eval_only", "--checkpoint",
+                  classifier], ["linear", "--cache_features", "--checkpoint", checkpoint]):
+        eval.evaluate(*eval.parse_args([*flags, "--data", data, "--workers", "0", "--output_dir", out]))
 """
 
 
