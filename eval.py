@@ -285,7 +285,7 @@ def train_classifier(args, weights, data: Images, val: Images):
         if run.save_due:
             run.save()
 
-    if run.step == run.last_step:
+    if run.finished:
         report_score(args, *(result or classify(model, val, args)), data.classes, best_top1=run.best,
                      step=run.last_step)
 
@@ -338,7 +338,8 @@ def show(args, weights):
     vit = make_encoder(args, weights, args.activation).to(DEVICE).eval()
     batch = normalise(pictures)
     anchor = args.anchor or weights.config.get("anchor", "cls")
-    maps = {name: vit.similarity(batch, name) for name in ((anchor, "attention") if args.anchor else ANCHORS)}
+    names = dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS)  # each once
+    maps = {name: vit.similarity(batch, name) for name in names}
     rows = {f"similarity\n({name},\nbright: high)": similarity for name, similarity in maps.items()}
     rows = {"image": pictures / 255} | rows
     kind = weights.config.get("order", "semantic")

@@ -2621,7 +2621,7 @@ def test_an_interrupted_evaluation_is_made_up_for(tmp_path, capsys, monkeypatch,
         return [line for line in lines if name in line]
 
     def dies(run, *args):
-        if run.step == run.last_step:
+        if run.finished:
             sys.exit("killed")
         evaluate(run, *args)
 

@@ -422,6 +422,11 @@ def make_optimizer(model, weight_decay: float, lr: float = 0.0) -> torch.optim.A
 # ---------------------------------------------------------------- checkpoints ----
 
 
+def previous(path: Path) -> Path:
+    """Return the path of the backup of a checkpoint: last.pt -> last.previous.pt."""
+    return path.with_suffix(".previous.pt")
+
+
 def save_checkpoint(path: Path, checkpoint: dict):
     """Write to a temporary file, flush, keep the old file as NAME.previous.pt, and rename. Whenever the program is
     killed, at least one of the two is complete. Raises OSError."""
@@ -432,7 +437,7 @@ def save_checkpoint(path: Path, checkpoint: dict):
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, path.with_suffix(".previous.pt"))
+            os.replace(path, previous(path))
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
         temporary.unlink(missing_ok=True)
@@ -443,7 +448,7 @@ def load_checkpoint(path) -> dict:
     """Read a checkpoint of this file, or the previous one if it is corrupt, foreign or missing. Raises OSError for
     a read error, which may pass, and ValueError if there is no valid file."""
     path = Path(path)
-    for file in filter(Path.exists, (path, path.with_suffix(".previous.pt"))):
+    for file in filter(Path.exists, (path, previous(path))):
         try:
             checkpoint = torch.load(str(file), map_location="cpu", mmap=True, weights_only=True)
         except Exception as e:  # torch.load raises many types; valid checksums mean a read error, not a corrupt file
@@ -532,7 +537,7 @@ class Run:
 
     def _resume(self):
         """Restore everything from last.pt, or from --resume, and drop the log lines of steps that will be repeated."""
-        saved = self.last.exists() or self.last.with_suffix(".previous.pt").exists()
+        saved = self.last.exists() or previous(self.last).exists()
         source = self.last if saved else self.args.resume
         if source:
             checkpoint = load_checkpoint(source)
@@ -545,7 +550,7 @@ class Run:
             self.scaler.load_state_dict(checkpoint["scaler"])
             self.ema.load_state_dict(checkpoint["ema"])
             self.step, self.seconds, self.best = (checkpoint[name] for name in ("step", "seconds", "best"))
-            say(f"{source}: resuming after step {self.step} of {self.last_step}" if self.step < self.last_step else
+            say(f"{source}: resuming after step {self.step} of {self.last_step}" if not self.finished else
                 f"{source}: all {self.step} steps are done, nothing to train")
         log, lines = self.folder / "log.jsonl", []
         if RANK == 0 and log.exists():
@@ -555,13 +560,18 @@ class Run:
             os.replace(log.with_suffix(".tmp"), log)
         # Evaluate before the first step, and if an evaluation was interrupted. Its log line has no loss.
         evaluated = any(f'"step": {self.step},' in line and '"loss"' not in line for line in lines)
-        ended = self.step == self.last_step or self.epoch_ended(self.args.eval_every)
+        ended = self.finished or self.epoch_ended(self.args.eval_every)
         self.evaluation_due = ended and not from_all(evaluated)[0]
 
     @property
     def epoch(self) -> float:
         """The number of finished epochs, with its fraction."""
         return self.step / self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step of the last epoch is done."""
+        return self.step == self.last_step
 
     def epoch_ended(self, every: int) -> bool:
         """Whether the finished step ends an epoch that is a multiple of `every` (0: never)."""
@@ -582,7 +592,7 @@ class Run:
             self.bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if self.step < self.last_step:
+        if not self.finished:
             say(f"stopped after step {self.step} of {self.last_step}, saved in {self.last}. Run the same command "
                 "(without --stop_after) to resume")
 
@@ -636,7 +646,7 @@ class Run:
         self.optimizer.zero_grad()
         self.step += 1
         self.end = self.step if stop else self.end  # a signal ends the run here
-        self.evaluation_due = self.step == self.last_step or (self.epoch_ended(self.args.eval_every) and not stop)
+        self.evaluation_due = self.finished or (self.epoch_ended(self.args.eval_every) and not stop)
         waited = time.monotonic() - self.saved > 60 * self.args.save_every_minutes
         self.save_due = waited or self.evaluation_due or self.step == self.end
         return dict(lr=lr) | measures
@@ -884,8 +894,9 @@ def make_model(args) -> tuple[SemAIM, torch.nn.Module | None]:
         teacher = ema_teacher(model)
     model.grad_checkpointing = args.grad_checkpointing
     if args.compile:
-        for module in filter(None, (model, teacher)):
-            module.compile(fullgraph=True)
+        model.compile(fullgraph=True)
+        if teacher:
+            teacher.compile(fullgraph=True)
     return model, teacher
 
 
@@ -913,7 +924,7 @@ def train(args):
     model, teacher = make_model(args)  # without a teacher (None), the model decides order and target
     optimizer = make_optimizer(model, args.weight_decay)
     run = Run(args, model, optimizer, len(data), ema=teacher.vit if args.target == "ema" else None)
-    if run.step == run.last_step:
+    if run.finished:
         return evaluate(run, teacher, data, val) if run.evaluation_due else None
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{args.arch}, {parameters / 1e6:.1f} M parameters, {args.img_size} px in patches of {args.patch_size}, "
@@ -949,7 +960,7 @@ def train(args):
         if run.evaluation_due:
             evaluate(run, teacher, data, val)
 
-    if run.step == run.last_step:
+    if run.finished:
         skipped = set().union(*from_all(data.unreadable))
         say(f"done: {run.last_step} steps in {run.seconds / 60:.1f} min; see {run.folder / 'samples.png'}. "
             f"{len(skipped)} of {len(data)} images could not be read")
