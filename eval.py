@@ -28,8 +28,8 @@ from torchvision.transforms import InterpolationMode, v2
 import train
 from semaim import (ANCHORS, ARCHS, SemAIM, ViT, Weights, load_weights, patch_order, resize_positions,
                     vit_like)
-from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, gather, knn_votes, learning_rate,
-                   load_data, map_views, normalise, positive, say)
+from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, collect, eval_batches, gather,
+                   knn_votes, learning_rate, load_data, normalise, positive, say)
 
 # The release's recipes, for ViT-B on ImageNet. NANO: what differs for vit_nano, on small data sets and a CPU.
 RECIPES = {
@@ -164,6 +164,7 @@ def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list
     report(args, **score(guesses, truth), images=len(truth), **more)
 
 
+@torch.no_grad()
 def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
     """Predict the five best classes (n, 5) of all images and return them with the labels (n,). Leaves the model in
     training mode."""
@@ -171,9 +172,12 @@ def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torc
         for buffer in model.buffers():  # the BatchNorm statistics of the first process are used
             dist.broadcast(buffer, 0)
     model.eval()
-    result = map_views(lambda batch: best_five(model(batch)), images, args)
+    results = []
+    for batch, *truth in eval_batches(images, args):
+        with autocast(args.precision):
+            results.append((best_five(model(batch)), *truth))
     model.train()
-    return result
+    return collect(results)
 
 
 # ---------------------------------------------------------------- tasks ----
@@ -307,13 +311,15 @@ def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
     return model.eval()
 
 
+@torch.no_grad()
 def loss_by_place(model: SemAIM, images: Images, args) -> list[float]:
     """Compute the mean loss of the patches in each eighth of the order, from first to last, on at most 2,000 images."""
-    def losses(batch):
-        out = model(batch)
-        return out.loss_map.gather(1, out.order)
-
-    values = map_views(losses, images.evenly(2000), args)[0]
+    results = []
+    for batch, *truth in eval_batches(images.evenly(2000), args):
+        with autocast(args.precision):
+            out = model(batch)
+        results.append((out.loss_map.gather(1, out.order), *truth))
+    values = collect(results)[0]
     return [round(part.mean().item(), 4) for part in values.tensor_split(min(8, values.shape[1]), dim=1)]
 
 

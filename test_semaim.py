@@ -1923,13 +1923,13 @@ def test_pretraining_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch, targe
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")
 def test_evaluation_creates_its_tensors_on_the_gpu(fake_gpu, monkeypatch):
-    def results(function, images, args):  # of all images, because which were unreadable depends on values
-        batch = train.normalise(torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
-        with torch.no_grad(), train.autocast(args.precision):
-            return function(batch), torch.zeros(4).long().to(train.DEVICE)
+    def batches(images, args):
+        yield train.normalise(torch.zeros(4, 3, 32, 32, dtype=torch.uint8)), torch.zeros(4).long().to(train.DEVICE)
 
     for module in (train, evaluation):
-        monkeypatch.setattr(module, "map_views", results)
+        monkeypatch.setattr(module, "eval_batches", batches)
+        # Which images were unreadable depends on values, so this collects all.
+        monkeypatch.setattr(module, "collect", lambda results: tuple(map(torch.cat, zip(*results))))
     images = train.Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4).long(), ["cat", "dog"])
     flags = "--arch vit_nano --data cats --precision bf16 --no-compile --workers 0 --batch_size 4".split()
     for task, pool in itertools.product(("linear", "finetune"), ("cls", "mean")):

@@ -700,6 +700,20 @@ class Run:
 # ---------------------------------------------------------------- evaluation ----
 
 
+def eval_batches(images: Images, args):
+    """Yield batches of this process's part of the images: evaluation views (n, 3, size, size) normalised, labels (n,),
+    and unreadable (n,), the index of an unreadable file or -1."""
+    if len(images) < WORLD:
+        raise ValueError(f"--data {args.data}: {len(images)} images are fewer than {WORLD} processes")
+    keys = [(0, index) for index in torch.arange(len(images)).tensor_split(WORLD)[RANK].tolist()]
+    batches = load_batches(Views(images, functools.partial(eval_view, size=args.img_size)), args.workers,
+                           sampler=keys, batch_size=args.batch_size)
+    for batch, labels, unreadable in tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / args.batch_size),
+                                          leave=False, disable=not TERMINAL):
+        # clone, because a tensor of a loader worker keeps a file open, and the caller keeps these
+        yield batch, labels.clone(), unreadable.clone()
+
+
 def gather(batches: list[torch.Tensor]) -> torch.Tensor:
     """Join the batches (n, ...) of all processes: (total, ...), in the order of the images."""
     part = torch.cat(batches).to(DEVICE)
@@ -712,32 +726,22 @@ def gather(batches: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def map_views(function, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply a function to the evaluation views of all images, in normalised batches (n, 3, size, size). Each process
-    takes a part. Returns the results (total, ...) of all and the labels (total,), without unreadable images."""
-    if len(images) < WORLD:
-        raise ValueError(f"--data {args.data}: {len(images)} images are fewer than {WORLD} processes")
-    keys = [(0, index) for index in torch.arange(len(images)).tensor_split(WORLD)[RANK].tolist()]
-    batches = load_batches(Views(images, functools.partial(eval_view, size=args.img_size)), args.workers,
-                           sampler=keys, batch_size=args.batch_size)
-    results = []
-    for batch, labels, unreadable in tqdm(batches, desc="evaluating", total=math.ceil(len(keys) / args.batch_size),
-                                          leave=False, disable=not TERMINAL):
-        with autocast(args.precision):
-            # clone, because a tensor of a loader worker keeps a file open
-            results.append((function(batch), labels.clone(), unreadable.clone()))
+def collect(results: list[tuple]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join the batches (values (n, ...), labels (n,), unreadable (n,)) of all processes. Returns the values and the
+    labels, without unreadable images."""
     values, labels, unreadable = (gather(part) for part in zip(*results))
     return values[unreadable < 0], labels[unreadable < 0]
 
 
+@torch.no_grad()
 def features(model, images: Images, args, pools) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the frozen features of a ViT, pooled in P ways ("cls", "mean"): (n, P, D), and the labels (n,)."""
-    def pooled(batch):
-        tokens = model.tokens(batch)
-        return torch.stack([pool_tokens(tokens, pool) for pool in pools], dim=1)
-
-    return map_views(pooled, images, args)
+    results = []
+    for batch, *truth in eval_batches(images, args):
+        with autocast(args.precision):
+            tokens = model.tokens(batch)
+        results.append((torch.stack([pool_tokens(tokens, pool) for pool in pools], dim=1), *truth))
+    return collect(results)
 
 
 def knn_votes(queries, bank, labels, classes: int, k: int = 20, temperature: float = 0.07, chunk: int = 256):
@@ -762,16 +766,19 @@ def knn_accuracy(model, train_images: Images, val: Images, args) -> dict[str, fl
     return {f"knn_{pool}": round(100 * hits.float().mean().item(), 2) for pool, hits in zip(pools, right)}
 
 
+@torch.no_grad()
 def order_statistics(encoder, images: Images, anchor: str, args) -> dict[str, float]:
     """Measure on at most 2,000 images whether the order follows the content.
 
     position_share: the share of the variance of the similarity maps, each minus its own mean, that their average map
     explains. 1 means that all images have the same map. mirrored: the share of images whose most similar patch moves to
     the mirrored place when the image is flipped."""
-    def pairs(batch):
-        return torch.stack([encoder.similarity(x, anchor) for x in (batch, batch.flip(-1))], dim=1)
-
-    maps, flipped = map_views(pairs, images.evenly(2000), args)[0].float().unbind(1)
+    results = []
+    for batch, *truth in eval_batches(images.evenly(2000), args):
+        with autocast(args.precision):
+            pair = torch.stack([encoder.similarity(x, anchor) for x in (batch, batch.flip(-1))], dim=1)
+        results.append((pair, *truth))
+    maps, flipped = collect(results)[0].float().unbind(1)
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
     grid = math.isqrt(maps.shape[1])
