@@ -6,7 +6,7 @@
     python eval.py finetune --checkpoint FILE --data DIR                  the whole network
     python eval.py finetune --checkpoint FILE --data DIR --eval_only      score a classifier that finetune has saved
     python eval.py show --checkpoint FILE IMAGE...                        draw the similarity and the order
-    torchrun --nproc_per_node=8 eval.py finetune ...                      any of the scores on 8 GPUs
+    torchrun --nproc_per_node=8 eval.py finetune ...                      knn, linear or finetune on 8 GPUs
 
 FILE is any file that semaim.load_weights reads; without --checkpoint the weights are random, which is the baseline. DIR
 holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the scores and to choose best.pt.
@@ -78,7 +78,8 @@ def make_encoder(args, weights, activation="quick_gelu", **options) -> ViT:
 
 def make_classifier(args, weights, classes: int) -> ViT:
     """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes). `linear` trains only the
-    head, on features after the final norm, which BatchNorm without affine parameters scales."""
+    head: a BatchNorm without affine parameters, which standardises the features after the final norm, and a linear
+    layer."""
     if args.task == "linear":
         model = make_encoder(args, weights).requires_grad_(False)
         model.pool, dim = args.pool, model.cls_token.shape[-1]
@@ -374,7 +375,7 @@ def stratified(data: Images, fraction: float, seed: int) -> Images:
     for label, name in enumerate(data.classes):
         own = shuffled[data.labels[shuffled] == label]
         kept.append(own[:round(fraction * len(own))])
-        if not len(kept[-1]) or fraction > 1:
+        if not len(kept[-1]):
             raise ValueError(f"--label_fraction {fraction} of the {len(own)} images of class {name} cannot be drawn")
     return data.subset(torch.cat(kept).sort().values)
 
@@ -389,14 +390,15 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
             "all, and order by the run's anchor)")
         add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="activation of a CLIP file")
         return
-    add("--label_fraction", type=train.decimal, default=1.0, help="train on this share of every class")
+    add("--label_fraction", type=train.share, default=1.0, help="train on this share of every class")
     add("--pool", choices=("cls", "mean"), default=recipe["pool"], help="[CLS] or the mean of the patch tokens")
     add("--per_class", action="store_true", help="also print the accuracy of each class")
     if task == "knn":
-        add("--k", type=positive, nargs="+", default=[20, 10, 30], help="neighbours; the first is the result")
+        add("--k", type=positive, nargs="+", default=[20, 10, 30],
+            help="numbers of neighbours; top1 and top5 are for the first")
         return
     add("--eval_only", action="store_true", help="only score the classifier in --checkpoint")
-    add("--smoothing", type=train.decimal, default=recipe["smoothing"], help="label smoothing")
+    add("--smoothing", type=train.share, default=recipe["smoothing"], help="label smoothing")
     train.add_training_flags(parser, recipe)
     if task == "linear":
         add("--cache_features", action="store_true", help="not the paper's recipe: compute the features once, "
@@ -407,9 +409,10 @@ def add_task_flags(parser: Parser, task: str, recipe: dict):
         help="magnitude of RandAugment; 0: off")
     for name, what in (("layer_decay", "factor of the learning rate from one layer to the one below"),
                        ("drop_path", "chance that a sample skips a branch of the last block"),
-                       ("crop_min", "smallest share of the area in a crop"), ("erasing", "chance of RandomErasing"),
-                       ("mixup", "alpha of MixUp; 0: off"), ("cutmix", "alpha of CutMix; 0: off")):
-        add(f"--{name}", type=train.decimal, default=recipe[name], help=what)
+                       ("crop_min", "smallest share of the area in a crop"), ("erasing", "chance of RandomErasing")):
+        add(f"--{name}", type=train.share, default=recipe[name], help=what)
+    for name in ("mixup", "cutmix"):
+        add(f"--{name}", type=train.decimal, default=recipe[name], help="alpha of its Beta distribution; 0: off")
 
 
 def parse_args(argv=None):
@@ -419,7 +422,7 @@ def parse_args(argv=None):
         raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
     first = Parser(add_help=False)
     first.add_argument("--checkpoint", metavar="FILE", help="any file of ViT weights (default: random weights)")
-    first.add_argument("--data", default="shapes", type=os.path.normpath, help=train.DATA_HELP)
+    first.add_argument("--data", default="shapes", type=train.source, help=train.DATA_HELP)
     first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
     first.add_argument("--patch_size", type=positive, help="patch size of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads; 64 wide each if nothing tells their number")

@@ -144,7 +144,8 @@ class ViT(nn.Module):
     """Vision transformer: images (N, 3, H, W) -> pooled features (N, D), or logits if num_classes is not 0.
 
     pool: "cls" takes CLS after `norm`; "mean" averages the patch tokens and applies `fc_norm` in place of `norm`.
-    registers: number of DINOv2's register tokens, which have no position and stand after CLS. Raises ValueError."""
+    registers: number of DINOv2's register tokens, which have no position and stand after CLS. Raises ValueError for
+    sizes that do not fit each other."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, num_classes=0, pool="cls",
                  drop_path=0.0, registers=0):
@@ -237,7 +238,8 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
 
 
 def content_free(function: Callable) -> Callable:
-    """Mark an order that does not use the values of the similarity. SemAIM then skips the similarity pass."""
+    """Mark an order that does not use the values of the similarity. SemAIM then skips the similarity pass and gives the
+    order zeros (N, L)."""
     function.content_free = True
     return function
 
@@ -409,8 +411,9 @@ class SemAIM(ViT):
     """ViT with a second stream that predicts each patch from the patches before it: images (N, 3, H, W) -> Output.
 
     query_depth: blocks of the second stream; one follows each group of depth / query_depth encoder blocks. order: a
-    name in ORDERS or a function. target: "pixel", or the teacher whose features (target_dim channels) are predicted.
-    head: the prediction head, "mlp" or "linear". Raises ValueError."""
+    name in ORDERS or a function. target: "pixel", or "dino", "clip" or "ema", which all mean feature_loss against the
+    teacher_tokens given to forward; target_dim is their width (default: dim). head: the prediction head, "mlp" or
+    "linear". Raises ValueError for an unknown name, or a query_depth that does not divide depth."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
                  target_dim=None, order="semantic", anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp"):
@@ -444,9 +447,9 @@ class SemAIM(ViT):
     def predict(self, images: Tensor, order: Tensor) -> Tensor:
         """Predict every patch: images (N, 3, H, W), order (N, L) -> (N, L, target_dim) in raster order.
 
-        With the patches sorted by the order, "CLS and the patches before it" is plain causal attention: content is
-        [CLS, patch 0, ..., patch L-2], and query t, which predicts patch t, attends to content 0..t. No query attends
-        to the last patch, so it is left out; both streams then have length L."""
+        With the patches sorted by the order, "CLS and the patches before it" is plain causal attention. Let p_t be the
+        patch of step t. The content is [CLS, p_0, ..., p_(L-2)]. Query t predicts p_t and attends to content 0..t: CLS
+        and p_0 to p_(t-1). No query attends to the last patch, so it is left out; both streams have length L."""
         content = self.with_cls(take(self.embed(images), order[:, :-1]))
         query = take(self.pos_embed[:, 1:].expand(len(images), -1, -1), order)
         query = self._streams(content, query, "causal", "causal")
@@ -750,10 +753,12 @@ def load_weights(path, key: Optional[str] = None) -> Weights:
         raise ValueError(f"{path} is refused: it asks to load {unsafe[1]}, which could run code" if unsafe else
                          f"{path} is corrupt, or not a file of ViT weights") from None
     names = f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else ""
-    activation = "; the file does not tell CLIP's activation, quick_gelu is assumed" if "proj.weight" in weights else ""
+    activation = ("; the file does not tell CLIP's activation, which is quick_gelu unless another is given"
+                  if "proj.weight" in weights else "")
     weights.summary = (f"{path}: {len(weights)} tensors were taken{part and f' from its part {part!r}'} and "
                        f"{len(left_out)} left out{names}{activation}.")
-    weights.config = file.get("config", {})
+    if isinstance(file.get("config"), dict):  # of this project
+        weights.config = file["config"]
     return weights
 
 
@@ -778,14 +783,14 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
              activation: str = "quick_gelu", **options) -> ViT:
     """Build an untrained ViT, or CLIPTower, with the sizes of a state dict from load_weights.
 
-    heads: weights do not tell it; by default, heads are 64 wide, but 80 in ViT-H (width 1280) and 88 in ViT-g (1408).
+    heads: weights do not tell it; by default, heads are 64 wide, but 80 in ViT-H (width 1280).
     img_size: by default the size that fits the positions. activation: for CLIP. options: see ViT. Raises ValueError."""
     dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     if not heads and dim % 64:
         raise ValueError(f"a ViT of width {dim} may have any number of heads; give heads= (--heads, --teacher_heads)")
-    heads = heads or (16 if dim in (1280, 1408) else dim // 64)
+    heads = heads or (16 if dim == 1280 else dim // 64)
     if "proj.weight" in weights:
         return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
@@ -809,5 +814,5 @@ def load_teacher(kind: str, path, heads: Optional[int] = None, grid: Optional[in
     patch_size = encoder["patch_embed.proj.weight"].shape[-1]
     vit = vit_like(encoder, heads, grid and grid * patch_size, activation)
     vit.load_state_dict(encoder | {"pos_embed": resize_positions(encoder["pos_embed"], vit.img_size // patch_size)})
-    used = f" The teacher computes it with {activation}." if kind == "clip" else ""
+    used = f" The activation used is {activation}." if kind == "clip" else ""
     return Teacher(vit, weights.summary + used)

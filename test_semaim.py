@@ -577,7 +577,7 @@ def test_openclip_checkpoints_and_activations(tmp_path):
         teacher = semaim.load_teacher("clip", path, activation=activation)
         expected = clip_by_hand(weights, clip_images(images), activation=function)
         torch.testing.assert_close(teacher(images), expected, rtol=1e-4, atol=1e-4)
-        assert teacher.summary.endswith(f" The teacher computes it with {activation}.")
+        assert teacher.summary.endswith(f" The activation used is {activation}.")
     said = semaim.load_weights(path).summary
     assert "CLIP" in said and "state_dict" in said and "does not tell" in said and "quick_gelu" in said
     with pytest.raises(ValueError, match="activation 'relu' is unknown: choose from gelu, quick_gelu"):
@@ -593,6 +593,7 @@ LAYOUTS = {  # how each project wraps a ViT's weights, and the extra weights tha
         teacher={f"backbone.{n}": x for n, x in w.items()} | {"head.mlp.0.weight": torch.ones(1)},
         student={f"module.backbone.{n}": x + 1 for n, x in w.items()}, args=__import__("argparse").Namespace(lr=1)),
     "compiled": lambda w: dict(model={f"_orig_mod.{n}": x for n, x in w.items()}),
+    "foreign_config": lambda w: dict(model=w, config="vit.yaml"),
 }
 
 
@@ -601,7 +602,7 @@ def test_weight_files_load_as_they_are(tmp_path, layout):
     vit, path = small_vit(), tmp_path / "weights.pth"
     torch.save(LAYOUTS[layout](vit.state_dict()), path)
     weights = semaim.load_weights(path)
-    assert weights.keys() == vit.state_dict().keys()
+    assert weights.keys() == vit.state_dict().keys() and weights.config == {}
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(semaim.load_teacher("dino", path)(images), vit.tokens(images).detach())
     if layout == "dino_full":
@@ -1455,12 +1456,12 @@ def test_finetuning_learns_and_scores_again(tmp_path, capsys, pretrained):
     assert best["top1"] == result["best_top1"] and "optimizer" not in best
     # The finished run reports its result again; other settings are refused.
     assert score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained) == result
-    for flags, message in ((["--blr", "9"], "last.pt was made with another value of blr: 0.002, now 9.0. Repeat"),
-                           (["--epochs", "1"], "last.pt was made with another value of epochs: 2, now 1. Repeat")):
+    for flags, message in ((["--blr", "9"], "last.pt was made with other settings .--blr: 0.002, now 9.0.. Repeat"),
+                           (["--epochs", "1"], "last.pt was made with other settings .--epochs: 2, now 1.. Repeat")):
         with pytest.raises(SystemExit, match=message):
             score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained, *flags)
     run(tmp_path, "--epochs", "2")  # other weights under the same name
-    with pytest.raises(SystemExit, match="last.pt was made with another value of checkpoint_hash: "):
+    with pytest.raises(SystemExit, match="last.pt was made with other settings .content of --checkpoint: "):
         score(tmp_path, capsys, *FINETUNE, *HEAVY, "--checkpoint", pretrained)
 
 
@@ -1609,7 +1610,8 @@ def test_any_number_of_processes_scores_alike(tmp_path, capsys, pretrained):
     (["show", "--compile"], "unrecognized arguments: --compile"),
     (["linear", "--cache_features", "--stop_after", "1"], "--stop_after has no effect with --cache_features"),
     (["finetune", "--randaugment", "11"], "argument --randaugment: invalid choice: 11"),
-    (["knn", "--label_fraction", "2"], "--label_fraction 2.0 of the 6 images of class cat cannot be drawn"),
+    (["knn", "--label_fraction", "2"], "argument --label_fraction: 2 is not a finite number from 0 to 1"),
+    (["finetune", "--crop_min", "1.5"], "argument --crop_min: 1.5 is not a finite number from 0 to 1"),
 ))
 def test_bad_flags_of_eval(tmp_path, capsys, pretrained, flags, message):
     with pytest.raises(SystemExit, match=message) as error:
@@ -1633,7 +1635,7 @@ def test_bad_files_for_eval(tmp_path, capsys, pretrained):
     with pytest.raises(SystemExit, match="clip.pt is a CLIP tower"):
         score(tmp_path, capsys, "knn", "--checkpoint", str(tmp_path / "clip.pt"))
     score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained)
-    with pytest.raises(SystemExit, match="last.pt was made with another value of label_fraction: 1.0, now 0.5"):
+    with pytest.raises(SystemExit, match="last.pt was made with other settings .--label_fraction: 1.0, now 0.5."):
         score(tmp_path, capsys, *FINETUNE, "--checkpoint", pretrained, "--label_fraction", "0.5")
     with pytest.raises(SystemExit, match="best.pt has none for the 10 classes of --data shapes"):
         score(tmp_path, capsys, "finetune", "--eval_only", "--checkpoint", str(tmp_path / "eval" / "best.pt"),
@@ -2176,7 +2178,7 @@ def test_heads_are_not_guessed():
             weights = ViT(16, 8, dim, 1, 1).state_dict()
             return semaim.vit_like(weights, **options).blocks[0].attn.heads
 
-    assert [heads(dim) for dim in (64, 128, 384, 768, 1024, 1280, 1408)] == [1, 2, 6, 12, 16, 16, 16]
+    assert [heads(dim) for dim in (64, 128, 384, 768, 1024, 1280, 1536)] == [1, 2, 6, 12, 16, 16, 24]
     assert all(heads(arch["dim"]) == arch["heads"] for arch in semaim.ARCHS.values())
     assert heads(96, heads=3) == 3 and heads(1280, heads=20) == 20
     with pytest.raises(ValueError, match="a ViT of width 96 may have any number of heads; give heads="):
@@ -2189,6 +2191,8 @@ def test_heads_are_not_guessed():
     (["--knn_images", "-5"], "argument --knn_images: -5 is not a finite number of at least 0"),
     (["--accum_iter", "0"], "argument --accum_iter: 0 is not a finite number of at least 1"),
     (["--epochs", "-1"], "argument --epochs: -1 is not a finite number of at least 1"),
+    (["--seed", "-1"], "argument --seed: -1 is not a finite number of at least 0"),
+    (["--blr", "inf"], "argument --blr: inf is not a finite number of at least 0"),
     (["--arch", "vit_giant"], "argument --arch: invalid choice: 'vit_giant'"),
     (["--order", "spiral"], "argument --order: invalid choice: 'spiral'"),
     (["--target", "beit"], "argument --target: invalid choice: 'beit'"),
@@ -2212,15 +2216,15 @@ def test_bad_files(tmp_path):
     with pytest.raises(SystemExit, match="there are no images in .*empty"):
         run(tmp_path, data=tmp_path / "empty")
     (tmp_path / "text.pt").write_text("no checkpoint")
-    with pytest.raises(SystemExit, match="text.pt is corrupt, or from another program"):
+    with pytest.raises(SystemExit, match="text.pt: corrupt, or from another program"):
         run(tmp_path, "--resume", str(tmp_path / "text.pt"))
     run(tmp_path)
-    with pytest.raises(SystemExit, match="last.pt was made with another value of arch: vit_nano, now vit_tiny"):
+    with pytest.raises(SystemExit, match="last.pt was made with other settings .--arch: vit_nano, now vit_tiny."):
         run(tmp_path, "--arch", "vit_tiny", "--resume", str(tmp_path / "out" / "last.pt"), out="other")
     torch.save(dict(model={}, config={}, step=1, optimizer={}), tmp_path / "other.pt")
-    with pytest.raises(SystemExit, match="other.pt was made with another value of arch: None, now vit_nano"):
+    with pytest.raises(SystemExit, match="other.pt was made with other settings .--arch: None, now vit_nano."):
         run(tmp_path, "--resume", str(tmp_path / "other.pt"), out="other")
-    with pytest.raises(SystemExit, match="last.pt was made with another value of order: semantic, now raster"):
+    with pytest.raises(SystemExit, match="last.pt was made with other settings .--order: semantic, now raster."):
         run(tmp_path, "--order", "raster")
     (tmp_path / "data" / "val" / "cat").rename(tmp_path / "data" / "val" / "cow")
     with pytest.raises(SystemExit, match="val has a class that the training set does not have: cow"):
@@ -2257,7 +2261,7 @@ def test_nothing_but_unreadable_images(tmp_path):
 
 def test_fewer_epochs_than_are_done(tmp_path, capsys):
     run(tmp_path)
-    with pytest.raises(SystemExit, match="last.pt was made with another value of epochs: 2, now 1. Repeat"):
+    with pytest.raises(SystemExit, match="last.pt was made with other settings .--epochs: 2, now 1.. Repeat"):
         run(tmp_path, "--epochs", "1")
     run(tmp_path, "--epochs", "3")
     assert "the run is extended from 2 to 3 epochs" in capsys.readouterr().err
@@ -2291,10 +2295,17 @@ def test_the_checkpoint_before_a_bad_one_is_taken(tmp_path, capsys, damage):
     assert all(torch.equal(again["model"][name], w) for name, w in whole["model"].items())
 
 
+def test_a_bad_previous_checkpoint_is_named(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "last.previous.pt").write_text("cut off")
+    with pytest.raises(SystemExit, match="last.previous.pt: corrupt, or from another program; move it away"):
+        run(tmp_path)
+
+
 def test_a_bad_checkpoint_with_none_before_it_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "last.pt").write_text("something dear")
-    with pytest.raises(SystemExit, match="last.pt is corrupt, or from another program.* move it away to start again"):
+    with pytest.raises(SystemExit, match="last.pt: corrupt, or from another program; move it away to start again"):
         run(tmp_path)
     assert (tmp_path / "out" / "last.pt").read_text() == "something dear"
 
@@ -2332,7 +2343,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_file(tmp_path, monkeypatc
     ("blr", 0.004, 0.001), ("min_lr", 0.0, 0.1), ("clip_grad", 3.0, 1.0), ("warmup_epochs", 0.5, 0.25),
     ("weight_decay", 0.05, 0.0), ("precision", "fp32", "bf16"), ("seed", 0, 1), ("anchor", "cls", "gap")))
 def test_a_finished_run_refuses_other_settings(finished, flag, old, new):
-    with pytest.raises(SystemExit, match=f"last.pt was made with another value of {flag}: {old}, now {new}. Repeat"):
+    with pytest.raises(SystemExit, match=f"last.pt was made with other settings .--{flag}: {old}, now {new}.. Repeat"):
         run(finished, f"--{flag}", str(new))
 
 
@@ -2361,10 +2372,10 @@ def test_a_run_remembers_the_content_of_its_files(tmp_path):
     run(tmp_path, "--init_weights", str(tmp_path / "copy.pt"))  # another name for the same content
     torch.manual_seed(2)
     torch.save(SemAIM(32, 8, 128, 4, 2, 2).state_dict(), path)
-    with pytest.raises(SystemExit, match="another value of init_weights_hash: "):
+    with pytest.raises(SystemExit, match="other settings .content of --init_weights: "):
         run(tmp_path, "--init_weights", path)
     Image.new("RGB", (9, 9)).save(tmp_path / "data" / "train" / "cat" / "new.png")
-    with pytest.raises(SystemExit, match="another value of images: 12, now 13"):
+    with pytest.raises(SystemExit, match="other settings .number of training images: 12, now 13"):
         run(tmp_path, "--init_weights", str(tmp_path / "copy.pt"))
 
 
@@ -2541,6 +2552,17 @@ def test_one_process_of_a_machine_downloads(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOCAL_RANK", 1)
     train.load_data("fashion_mnist", "train")
     assert calls == [True, False, False]
+
+
+def test_a_folder_with_the_name_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path).rename("shapes")
+    for given in ("./shapes", "shapes/"):
+        args = train.parse_args(["--data", given])
+        assert args.data == "./shapes" and args.output_dir == "output/vit_nano-shapes-pixel"
+        assert len(train.load_data(args.data, "train")) == 12
+    assert train.parse_args(["--data", "shapes"]).data == "shapes"
+    assert train.parse_args(["--data", "./photos/"]).data == "photos"
 
 
 def test_cifar100_comes_from_torchvision(monkeypatch):

@@ -61,7 +61,7 @@ RECIPES = {
     "vit_huge": PAPER | dict(batch_size=64),
 }
 DATASETS = dict(shapes="", cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")  # torchvision's names
-DATA_HELP = f"{', '.join(DATASETS)}, or a folder of images"
+DATA_HELP = f"{', '.join(DATASETS)}, or a folder of images (./NAME if it has one of these names)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for every data set
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -446,9 +446,10 @@ def save_checkpoint(path: Path, checkpoint: dict):
 
 def load_checkpoint(path) -> dict:
     """Read a checkpoint of this file, or the previous one if it is corrupt, foreign or missing. Raises OSError for
-    a read error, which may pass, and ValueError if there is no valid file."""
+    a temporary read error, and ValueError if there is no valid file."""
     path = Path(path)
-    for file in filter(Path.exists, (path, previous(path))):
+    found = [file for file in (path, previous(path)) if file.exists()]
+    for file in found:
         try:
             checkpoint = torch.load(str(file), map_location="cpu", mmap=True, weights_only=True)
         except Exception as e:  # torch.load raises many types; valid checksums mean a read error, not a corrupt file
@@ -458,21 +459,24 @@ def load_checkpoint(path) -> dict:
             continue
         if not {"model", "config", "step"} <= set(checkpoint):
             continue
-        if file != path and RANK == 0 and path.exists():  # the next save would replace the good previous file by it
+        if file != path and RANK == 0 and path.exists():  # the next save would move it over the good file
             os.replace(path, path.with_suffix(".bad"))
             say(f"{path} is corrupt, or from another program; renamed to {path.stem}.bad, and {file.name} is used")
         return checkpoint
-    raise ValueError(f"{path} is corrupt, or from another program, and there is no previous checkpoint; move it "
-                     "away to start again" if path.exists() else f"{path}: no such file")
+    raise ValueError(f"{' and '.join(map(str, found))}: corrupt, or from another program; move it away to start again"
+                     if found else f"{path}: no such file")
 
 
 # ---------------------------------------------------------------- the run: state, files, signals, progress ----
 
-# Flags that may differ when a run is resumed. They change nothing, or only rounding and random ties (batch_size,
-# accum_iter, compile). All others must be the same. Of files, the content is compared instead of the name.
+# Flags that may differ when a run is resumed. They change nothing, or only rounding and the random numbers that are
+# drawn for each micro-batch (batch_size, accum_iter, compile). All others must be the same. Of files, the content is
+# compared instead of the name.
 MAY_CHANGE = {"output_dir", "data_root", "resume", "batch_size", "accum_iter", "stop_after", "compile", "workers",
               "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images", "per_class",
               "checkpoint", "teacher", "init_weights"}
+NOT_FLAGS = {"images": "number of training images", "total_batch": "images per step, over all processes"} | {
+    f"{name}_hash": f"content of --{name}" for name in ("checkpoint", "teacher", "init_weights")}
 
 
 def check_config(path, old: dict, new: dict):
@@ -480,7 +484,8 @@ def check_config(path, old: dict, new: dict):
     extended = new["epochs"] > old.get("epochs", math.inf)
     for name, value in new.items():
         if old.get(name) != value and name not in MAY_CHANGE and not (name == "epochs" and extended):
-            raise ValueError(f"{path} was made with another value of {name}: {old.get(name)}, now {value}. Repeat the "
+            what = NOT_FLAGS.get(name, f"--{name}")
+            raise ValueError(f"{path} was made with other settings ({what}: {old.get(name)}, now {value}). Repeat the "
                              "command as it was, or choose another --output_dir")
     if extended:
         say(f"the run is extended from {old['epochs']} to {new['epochs']} epochs; the learning rate follows the new "
@@ -574,7 +579,7 @@ class Run:
         return self.step == self.last_step
 
     def epoch_ended(self, every: int) -> bool:
-        """Whether the finished step ends an epoch that is a multiple of `every` (0: never)."""
+        """Whether the finished step ends an epoch that is a multiple of `every` (0: never). Step 0 counts."""
         return bool(every) and self.step % (every * self.steps_per_epoch) == 0
 
     def steps(self, views: Views):
@@ -680,7 +685,8 @@ class Run:
 
     def save(self, name: str = "last.pt", **more):
         """Write a checkpoint. last.pt has everything that a resume needs. Other files have the weights, config, epoch,
-        step and the fields in `more`. A failed write is reported. Raises OSError if no later save can follow."""
+        step and the fields in `more`. A failed write is reported, and training continues. Raises OSError only for
+        last.pt at the end of the run."""
         if name == "last.pt":
             self.saved = time.monotonic()
         if RANK:
@@ -989,16 +995,23 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"\s+\(default:\s+None\)", "", super().format_help())
 
 
-def at_least(minimum: int, kind: type):
-    """Make a function that parses a finite number of at least `minimum`, for argparse."""
+def limited(kind: type, low: int, high: float = math.inf):
+    """Make a function that parses a finite number from low to high, for argparse."""
     def number(text: str):
-        if not minimum <= kind(text) < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least {minimum}")
+        if not low <= kind(text) <= high or kind(text) == math.inf:
+            limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {limits}")
         return kind(text)
     return number
 
 
-positive, not_negative, decimal = at_least(1, int), at_least(0, int), at_least(0, float)
+positive, not_negative, decimal, share = limited(int, 1), limited(int, 0), limited(float, 0), limited(float, 0, 1)
+
+
+def source(text: str) -> str:
+    """Shorten the path of --data. `./cifar10` stays a folder, and does not become the data set of that name."""
+    path = os.path.normpath(text)
+    return os.path.join(".", path) if path in DATASETS and path != text else path
 
 
 def machine_defaults(arch: str, data: str) -> dict:
@@ -1025,7 +1038,7 @@ def add_shared_flags(parser: Parser, recipe: dict):
         help="number format of the forward pass")
     add("--batch_size", type=positive, help="largest number of images in a micro-batch of a process; a value above "
         f"the process's share of the total batch makes the total larger (default: {recipe['batch_size']})")
-    add("--seed", type=int, default=0, help="seed of weights, data order, views and patch orders")
+    add("--seed", type=not_negative, default=0, help="seed of weights, data order, views and patch orders")
 
 
 def add_training_flags(parser: Parser, recipe: dict):
@@ -1065,7 +1078,7 @@ def parse_args(argv=None):
     """Read the command line. --arch decides the recipe, which gives the defaults."""
     first = Parser(add_help=False)
     first.add_argument("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults shown here")
-    first.add_argument("--data", default="shapes", type=os.path.normpath, help=DATA_HELP)
+    first.add_argument("--data", default="shapes", type=source, help=DATA_HELP)
     known = first.parse_known_args(argv)[0]
     recipe = ARCHS[known.arch] | RECIPES.get(known.arch, PAPER) | machine_defaults(known.arch, known.data)
     parser = Parser(description="Pre-train SemAIM.", parents=[first])
@@ -1112,7 +1125,7 @@ def user_errors():
             raise
         raise SystemExit("error: out of memory; lower --batch_size or add --grad_checkpointing") from None
     except KeyboardInterrupt:
-        raise SystemExit("error: interrupted; run the same command to resume from the last checkpoint, if there is one")
+        raise SystemExit("error: interrupted; the same command resumes a training run from its last checkpoint")
     if dist.is_initialized():  # not after an error: the other processes may wait in another collective
         dist.barrier()
         dist.destroy_process_group()
