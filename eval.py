@@ -92,8 +92,8 @@ def make_classifier(args, weights, classes: int) -> ViT:
         own = {name: w for name, w in model.head.state_dict().items() if w.ndim}  # without BatchNorm's counter
         saved = {name: weights[f"head.{name}"] for name in own if f"head.{name}" in weights}
         if any(name not in saved or saved[name].shape != w.shape for name, w in own.items()):
-            raise ValueError(f"--eval_only needs a classifier that {args.task} has saved; --checkpoint "
-                             f"{args.checkpoint} has none for the {classes} classes of --data {args.data}")
+            raise ValueError(f"--eval_only needs --checkpoint with a classifier that {args.task} has saved; "
+                             f"{args.checkpoint or 'a random model'} has none for the {classes} classes of {args.data}")
         model.head.load_state_dict(saved, strict=False)
     return model
 
