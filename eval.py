@@ -66,6 +66,8 @@ def make_encoder(args, weights, activation="quick_gelu", **options) -> ViT:
     if not weights:
         arch = ARCHS[args.arch]
         return ViT(args.img_size, args.patch_size, arch["dim"], arch["depth"], args.heads or arch["heads"], **options)
+    if args.task == "show" and "norm.weight" not in weights and "fc_norm.weight" in weights:
+        options["pool"] = "mean"  # a classifier that finetune has saved has no final norm
     vit = vit_like(weights, args.heads, args.img_size, activation, **options)
     weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)}
     new = ("head.",) if args.eval_only else ("head.", "fc_norm.")  # make_classifier makes or loads the head

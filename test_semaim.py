@@ -2685,9 +2685,10 @@ def test_evaluation_and_milestones_while_training(tmp_path):
     assert train.parse_args(["--arch", "vit_base"]).eval_every == 20
 
 
-@pytest.mark.parametrize("file,rows", (("own", 7), ("vit", 5), ("clip", 5), (None, 5)))
+@pytest.mark.parametrize("file,rows", (("own", 7), ("vit", 5), ("tuned", 5), ("clip", 5), (None, 5)))
 def test_show(tmp_path, capsys, pretrained, file, rows):
     torch.save(small_vit().state_dict(), tmp_path / "vit.pt")
+    torch.save(small_vit(pool="mean", num_classes=2).state_dict(), tmp_path / "tuned.pt")
     torch.save(clip_weights(), tmp_path / "clip.pt")
     checkpoint = [] if file is None else ["--checkpoint", pretrained if file == "own" else str(tmp_path / f"{file}.pt")]
     names = [str(tmp_path / f"{size}.png") for size in ((300, 200), (20, 500), (1, 1))]
