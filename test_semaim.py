@@ -2492,7 +2492,7 @@ def test_sigterm_twice_saves_and_a_second_ctrl_c_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(train.Run, "update", signals(signal.SIGTERM))
     assert run(tmp_path)["step"] == 4
     monkeypatch.setattr(train.Run, "update", signals(signal.SIGINT))
-    with pytest.raises(SystemExit, match="interrupted; run the same command to resume"):
+    with pytest.raises(SystemExit, match="interrupted; the same command resumes a training run"):
         run(tmp_path, out="other")
     assert not (tmp_path / "other" / "last.pt").exists()
 
