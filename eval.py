@@ -14,7 +14,6 @@ The last line printed is one JSON object: task, top1 and top5 in %, or for show 
 """
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -66,8 +65,6 @@ def make_encoder(args, weights, activation="quick_gelu", **options) -> ViT:
     if not weights:
         arch = ARCHS[args.arch]
         return ViT(args.img_size, args.patch_size, arch["dim"], arch["depth"], args.heads or arch["heads"], **options)
-    if args.task == "show" and "norm.weight" not in weights and "fc_norm.weight" in weights:
-        options["pool"] = "mean"  # a classifier that finetune has saved has no final norm
     vit = vit_like(weights, args.heads, args.img_size, activation, **options)
     weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)}
     new = ("head.",) if args.eval_only else ("head.", "fc_norm.")  # make_classifier makes or loads the head
@@ -344,7 +341,9 @@ def show(args, weights):
             raise ValueError(f"{shown.path(i)} is not readable as an image ({e})") from e
     pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
                                          [args.img_size, args.img_size]) for picture in pictures])
-    vit = make_encoder(args, weights, args.activation).to(DEVICE).eval()
+    # A classifier that finetune has saved may be mean-pooled, and then has no final norm.
+    pool = "mean" if "fc_norm.weight" in weights and "norm.weight" not in weights else "cls"
+    vit = make_encoder(args, weights, args.activation, pool=pool).to(DEVICE).eval()
     batch = normalise(pictures)
     anchor = args.anchor or weights.config.get("anchor", "cls")
     names = dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS)  # each once
@@ -424,7 +423,7 @@ def parse_args(argv=None):
         raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
     first = Parser(add_help=False)
     first.add_argument("--checkpoint", metavar="FILE", help="any file of ViT weights (default: random weights)")
-    first.add_argument("--data", default="shapes", type=train.source, help=train.DATA_HELP)
+    first.add_argument("--data", default="shapes", type=train.data_name, help=train.DATA_HELP)
     first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
     first.add_argument("--patch_size", type=positive, help="patch size of random weights; a checkpoint has its own")
     first.add_argument("--heads", type=positive, help="attention heads; 64 wide each if nothing tells their number")

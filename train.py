@@ -469,14 +469,13 @@ def load_checkpoint(path) -> dict:
 
 # ---------------------------------------------------------------- the run: state, files, signals, progress ----
 
+FILES = ("checkpoint", "teacher", "init_weights")  # flags whose content is compared instead of the name
 # Flags that may differ when a run is resumed. They change nothing, or only rounding and the random numbers that are
-# drawn for each micro-batch (batch_size, accum_iter, compile). All others must be the same. Of files, the content is
-# compared instead of the name.
+# drawn for each micro-batch (batch_size, accum_iter, compile). All others must be the same.
 MAY_CHANGE = {"output_dir", "data_root", "resume", "batch_size", "accum_iter", "stop_after", "compile", "workers",
-              "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images", "per_class",
-              "checkpoint", "teacher", "init_weights"}
+              "grad_checkpointing", "save_every_minutes", "keep_every", "eval_every", "knn_images", "per_class", *FILES}
 NOT_FLAGS = {"images": "number of training images", "total_batch": "images per step, over all processes"} | {
-    f"{name}_hash": f"content of --{name}" for name in ("checkpoint", "teacher", "init_weights")}
+    f"{name}_hash": f"content of --{name}" for name in FILES}
 
 
 def check_config(path, old: dict, new: dict):
@@ -509,7 +508,7 @@ class Run:
         self.last_step = self.steps_per_epoch * args.epochs
         self.end = min(self.last_step, args.stop_after or self.last_step)
         self.config = vars(args) | dict(total_batch=self.total_batch, images=n_images)
-        for name in ("checkpoint", "init_weights", "teacher"):  # the content identifies a file, whatever its name
+        for name in FILES:
             path = getattr(args, name, None)
             self.config[f"{name}_hash"] = path and hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
@@ -1008,7 +1007,7 @@ def limited(kind: type, low: int, high: float = math.inf):
 positive, not_negative, decimal, share = limited(int, 1), limited(int, 0), limited(float, 0), limited(float, 0, 1)
 
 
-def source(text: str) -> str:
+def data_name(text: str) -> str:
     """Shorten the path of --data. `./cifar10` stays a folder, and does not become the data set of that name."""
     path = os.path.normpath(text)
     return os.path.join(".", path) if path in DATASETS and path != text else path
@@ -1078,7 +1077,7 @@ def parse_args(argv=None):
     """Read the command line. --arch decides the recipe, which gives the defaults."""
     first = Parser(add_help=False)
     first.add_argument("--arch", default="vit_nano", choices=ARCHS, help="its recipe gives the defaults shown here")
-    first.add_argument("--data", default="shapes", type=source, help=DATA_HELP)
+    first.add_argument("--data", default="shapes", type=data_name, help=DATA_HELP)
     known = first.parse_known_args(argv)[0]
     recipe = ARCHS[known.arch] | RECIPES.get(known.arch, PAPER) | machine_defaults(known.arch, known.data)
     parser = Parser(description="Pre-train SemAIM.", parents=[first])
