@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 ARCHS = {  # vit_base and vit_large are the paper's; vit_nano is small enough to train on a CPU
-    "vit_nano": dict(patch_size=8, dim=128, depth=4, heads=2, query_depth=2),
+    "vit_nano": dict(patch_size=8, dim=128, depth=4, heads=2, query_depth=4),
     "vit_tiny": dict(patch_size=16, dim=192, depth=12, heads=3, query_depth=12),
     "vit_small": dict(patch_size=16, dim=384, depth=12, heads=6, query_depth=12),
     "vit_base": dict(patch_size=16, dim=768, depth=12, heads=12, query_depth=12),

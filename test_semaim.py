@@ -1171,7 +1171,7 @@ def run(tmp_path, *flags, data=None, out="out"):
 def test_a_run_leaves_checkpoint_log_and_samples(tmp_path):
     checkpoint = run(tmp_path, "--knn_images", "100")
     assert (checkpoint["step"], checkpoint["epoch"]) == (6, 2) and checkpoint["config"]["arch"] == "vit_nano"
-    SemAIM(32, 8, 128, 4, 2, 2).load_state_dict(checkpoint["model"])
+    SemAIM(32, 8, 128, 4, 2, 4).load_state_dict(checkpoint["model"])
     lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert {"step", "epoch", "loss", "lr", "grad_norm", "images_per_s"} <= set(lines[1])
     assert "knn_cls" in lines[0] and "knn_cls" in lines[-1]
@@ -1273,7 +1273,7 @@ def test_ema_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_the_releases_checkpoint_goes_on_training(tmp_path):
-    model = SemAIM(32, 8, 128, 4, 2, 2)
+    model = SemAIM(32, 8, 128, 4, 2, 4)
     torch.save(dict(state_dict={f"module.{n}": w for n, w in model.state_dict().items()}, optimizer=dict(state={})),
                tmp_path / "release.pth")
     weights = run(tmp_path, "--init_weights", str(tmp_path / "release.pth"), "--blr", "1e-12")["model"]
@@ -1357,7 +1357,7 @@ def test_positions_are_interpolated():
 
 def test_knn_by_eval_equals_brute_force(tmp_path, capsys, pretrained):
     result = score(tmp_path, capsys, "knn", "--checkpoint", pretrained, "--k", "5", "3", "--pool", "mean")
-    model = SemAIM(32, 8, 128, 4, 2, 2)
+    model = SemAIM(32, 8, 128, 4, 2, 4)
     model.load_state_dict(torch.load(pretrained, weights_only=True)["model"])
     train_set, val = (train.load_data(str(tmp_path / "data"), split) for split in ("train", "val"))
 
@@ -2080,7 +2080,7 @@ def test_readme_training_loop(readme_loop):
     vit = ViT(64, 8, 128, 4, 2)
     vit.load_state_dict(weights)
     torch.testing.assert_close(vit.tokens(images), model.tokens(images))
-    assert not torch.equal(weights["blocks.0.attn.qkv.weight"], SemAIM(64, 8, 128, 4, 2, 2).blocks[0].attn.qkv.weight)
+    assert not torch.equal(weights["blocks.0.attn.qkv.weight"], SemAIM(64, 8, 128, 4, 2, 4).blocks[0].attn.qkv.weight)
 
 
 def test_readme_order(tmp_path, monkeypatch):
@@ -2366,12 +2366,12 @@ def test_a_finished_run_has_nothing_to_do(finished, capsys):
 def test_a_run_remembers_the_content_of_its_files(tmp_path):
     path = str(tmp_path / "weights.pt")
     torch.manual_seed(1)
-    torch.save(SemAIM(32, 8, 128, 4, 2, 2).state_dict(), path)
+    torch.save(SemAIM(32, 8, 128, 4, 2, 4).state_dict(), path)
     run(tmp_path, "--init_weights", path)
     shutil.copy(path, tmp_path / "copy.pt")
     run(tmp_path, "--init_weights", str(tmp_path / "copy.pt"))  # another name for the same content
     torch.manual_seed(2)
-    torch.save(SemAIM(32, 8, 128, 4, 2, 2).state_dict(), path)
+    torch.save(SemAIM(32, 8, 128, 4, 2, 4).state_dict(), path)
     with pytest.raises(SystemExit, match="other settings .content of --init_weights: "):
         run(tmp_path, "--init_weights", path)
     Image.new("RGB", (9, 9)).save(tmp_path / "data" / "train" / "cat" / "new.png")
