@@ -1,52 +1,55 @@
 """Evaluate a pre-trained encoder: k-NN, linear probe, fine-tuning, pictures.
 
-    python eval.py knn --checkpoint FILE --data DIR                       no training at all
-    python eval.py linear --checkpoint FILE --data DIR --cache_features   a linear classifier on cached features
-    python eval.py linear --checkpoint FILE --data DIR                    the same by the paper's recipe
-    python eval.py finetune --checkpoint FILE --data DIR                  the whole network
-    python eval.py finetune --checkpoint FILE --data DIR --eval_only      score a classifier that finetune has saved
-    python eval.py show --checkpoint FILE IMAGE...                        draw the similarity and the order
-    torchrun --nproc_per_node=8 eval.py finetune ...                      knn, linear or finetune on 8 GPUs
+    python eval.py knn --checkpoint FILE --data DIR                     no training at all
+    python eval.py linear --checkpoint FILE --data DIR                  train a linear classifier on frozen features
+    python eval.py finetune --checkpoint FILE --data DIR                train the whole network
+    python eval.py finetune --epochs 0 --checkpoint FILE --data DIR     score a fine-tuned classifier
+    python eval.py show --checkpoint FILE IMAGE...                      draw the similarity and the order
+    torchrun --nproc_per_node=8 eval.py finetune ...                    knn, linear or finetune on 8 GPUs
 
 FILE is any file that semaim.load_weights reads; without --checkpoint the weights are random, which is the baseline. DIR
-holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the scores and to choose best.pt.
-The last line printed is one JSON object: task, top1 and top5 in %, or for show the picture's path.
+holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the scores. The last line printed is one
+JSON object: task, top1 (and top5) in %, or for show the picture's path.
 """
 import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from semaim import (ANCHORS, ARCHS, SemAIM, ViT, Weights, load_weights, patch_order, resize_positions,
-                    vit_like)
-from train import (DEVICE, MEAN, RANK, WORLD, Images, Parser, Run, Views, autocast, collect, eval_batches, gather,
-                   knn_votes, learning_rate, load_data, normalise, positive, say)
+from semaim import (ANCHORS, ARCHS, SemAIM, ViT, Weights, encoder_weights, load_weights, patch_order, pixel_target,
+                    unpatchify, vit_like)
+from train import DEVICE, MEAN, RANK, WORLD, Run, Views, autocast, eval_batches, gather, learning_rate, load_data, say
 
-# The release's recipes, for ViT-B on ImageNet. NANO: what differs for vit_nano, on small data sets and a CPU.
-RECIPES = {
-    "knn": dict(batch_size=256, total_batch=256, pool="cls"),
-    "linear": dict(batch_size=512, total_batch=4096, epochs=90, warmup_epochs=0.0, blr=0.1, min_lr=0.0,
-                   weight_decay=0.0, clip_grad=0.0, eval_every=1, pool="cls", smoothing=0.0),
-    "finetune": dict(batch_size=128, total_batch=1024, epochs=100, warmup_epochs=20.0, blr=5e-4, min_lr=1e-6,
-                     weight_decay=0.05, clip_grad=0.0, eval_every=1, pool="mean", smoothing=0.1, layer_decay=0.65,
-                     drop_path=0.1, crop_min=0.08, randaugment=9, erasing=0.25, mixup=0.8, cutmix=1.0),
-    "show": dict(batch_size=64, total_batch=64),
+# The flags of each task, and the release's recipes for ViT-B on ImageNet where they differ from pre-training.
+COMMON = ("checkpoint", "heads", "data", "data_root", "img_size", "batch_size", "workers", "precision", "seed")
+TRAINING = ("pool", "epochs", "warmup_epochs", "total_batch", "blr", "min_lr", "weight_decay", "clip_grad", "smoothing",
+            "output_dir", "compile", "save_every_minutes", "eval_every")
+REGULARISATION = ("layer_decay", "drop_path", "crop_min", "randaugment", "erasing", "mixup", "cutmix")
+TASKS = {
+    "knn": (COMMON, dict(batch_size=256)),
+    "linear": (COMMON + TRAINING, dict(
+        batch_size=512, total_batch=4096, epochs=90, warmup_epochs=0.0, blr=0.1, weight_decay=0.0, clip_grad=0.0,
+        eval_every=1, smoothing=0.0)),
+    "finetune": (COMMON + TRAINING + REGULARISATION, dict(
+        batch_size=128, total_batch=1024, epochs=100, warmup_epochs=20.0, blr=5e-4, min_lr=1e-6, clip_grad=0.0,
+        eval_every=1, pool="mean")),
+    "show": (COMMON + ("output_dir", "anchor", "activation"), dict(batch_size=64)),
 }
-NANO = {
+NANO = {  # what differs for vit_nano, on small data sets and a CPU
     "linear": dict(batch_size=256, total_batch=256, epochs=10),
     "finetune": dict(total_batch=128, epochs=10, warmup_epochs=1.0, blr=2e-3, layer_decay=0.75, drop_path=0.0,
                      crop_min=0.6, randaugment=0, erasing=0.0, mixup=0.0, cutmix=0.0),
 }
-TASKS = {"knn": "weighted k-NN on frozen features", "linear": "train a linear classifier on frozen features",
-         "finetune": "train the whole network with labels", "show": "draw similarity, order and prediction"}
 
 
 # ---------------------------------------------------------------- models ----
@@ -60,40 +63,32 @@ def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
     return head
 
 
-def make_encoder(args, weights, activation="quick_gelu", **options) -> ViT:
+def make_encoder(args, weights, **options) -> ViT:
     """Build a ViT with the weights of --checkpoint, positions interpolated to --img_size, or with random weights."""
-    if not weights:
-        arch = ARCHS[args.arch]
-        return ViT(args.img_size, args.patch_size, arch["dim"], arch["depth"], args.heads or arch["heads"], **options)
-    vit = vit_like(weights, args.heads, args.img_size, activation, **options)
-    weights = weights | {"pos_embed": resize_positions(weights["pos_embed"], args.img_size // args.patch_size)}
-    new = ("head.",) if args.eval_only else ("head.", "fc_norm.")  # make_classifier makes or loads the head
-    missing = [name for name in vit.state_dict() if name not in weights and not name.startswith(new)]
-    if missing:
-        raise ValueError(f"{args.checkpoint} lacks {', '.join(missing[:3])}, which {args.task} needs")
-    vit.load_state_dict({name: weights[name] for name in vit.state_dict() if not name.startswith(new)}, strict=False)
-    return vit
+    if weights:
+        return vit_like(weights, args.heads, args.img_size, **options)
+    arch = ARCHS[args.arch]
+    return ViT(args.img_size, args.patch_size, arch["dim"], arch["depth"], args.heads or arch["heads"], **options)
+
+
+def own_pool(weights) -> str:
+    """Return the pooling of a classifier that a file holds: a mean-pooled one has fc_norm in place of norm."""
+    return "mean" if "fc_norm.weight" in weights else "cls"
 
 
 def make_classifier(args, weights, classes: int) -> ViT:
     """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes). `linear` trains only the
     head: a BatchNorm without affine parameters, which standardises the features after the final norm, and a linear
     layer."""
+    weights = encoder_weights(weights)  # without a classifier's head
     if args.task == "linear":
         model = make_encoder(args, weights).requires_grad_(False)
-        model.pool, dim = args.pool, model.cls_token.shape[-1]
-        model.head = nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear_head(dim, classes))
+        model.pool = args.pool
+        norm = nn.BatchNorm1d(model.width, affine=False, eps=1e-6)
+        model.head = nn.Sequential(norm, linear_head(model.width, classes))
     else:
         model = make_encoder(args, weights, num_classes=classes, pool=args.pool, drop_path=args.drop_path)
-        model.head = linear_head(model.head.in_features, classes, std=2e-5)
-        model.grad_checkpointing = args.grad_checkpointing
-    if args.eval_only:
-        own = {name: w for name, w in model.head.state_dict().items() if w.ndim}  # without BatchNorm's counter
-        saved = {name: weights[f"head.{name}"] for name in own if f"head.{name}" in weights}
-        if any(name not in saved or saved[name].shape != w.shape for name, w in own.items()):
-            raise ValueError(f"--eval_only needs --checkpoint with a classifier that {args.task} has saved; "
-                             f"{args.checkpoint or 'a random model'} has none for the {classes} classes of {args.data}")
-        model.head.load_state_dict(saved, strict=False)
+        model.head = linear_head(model.width, classes, std=2e-5)
     return model
 
 
@@ -103,7 +98,7 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
     pos_embed have no weight decay."""
     groups, last = {}, len(model.blocks) + 1
     for name, p in model.named_parameters():
-        layer = 0 if name.startswith(("cls_token", "pos_embed", "patch_embed", "register_tokens")) else last
+        layer = 0 if name.startswith(("cls_token", "pos_embed", "patch_embed")) else last
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         decay = 0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else weight_decay
@@ -112,13 +107,13 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
     return list(groups.values())
 
 
-# ---------------------------------------------------------------- views ----
+# ---------------------------------------------------------------- views and scores ----
 
 
 def training_view(args) -> v2.Transform:
     """Make the view of `linear` (resize to 256/224 of the size, random crop and flip) or of `finetune` (random crop and
     flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing)."""
-    size, grey = args.img_size, [round(255 * x) for x in MEAN]
+    size, grey = args.img_size, [round(255 * x) for x in MEAN.flatten().tolist()]
     if args.task == "linear":
         return v2.Compose([v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC, antialias=True),
                            v2.RandomCrop(size), v2.RandomHorizontalFlip()])
@@ -127,144 +122,50 @@ def training_view(args) -> v2.Transform:
     return train.random_crop(size, args.crop_min, randaugment, v2.RandomErasing(args.erasing, value=grey))
 
 
-# ---------------------------------------------------------------- scores ----
-
-
-def score(guesses: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """Compute top1 and top5 in % from the five best guesses (n, 5) and the labels (n,)."""
-    hit = (guesses == truth[:, None]).cpu().double()
-    return dict(top1=round(100 * hit[:, 0].mean().item(), 3), top5=round(100 * hit.sum(1).mean().item(), 3))
-
-
-def best_five(scores: torch.Tensor) -> torch.Tensor:
-    """Return the classes with the highest scores (n, classes), best first: (n, 5), or fewer if there are fewer."""
-    return scores.topk(min(5, scores.shape[1])).indices
-
-
-def report(args, **result):
-    """Print the result as one JSON object, and append it to log.jsonl."""
-    if RANK:
-        return
-    result = dict(task=args.task, data=args.data, checkpoint=args.checkpoint) | result
-    print(json.dumps(result), flush=True)
-    try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with open(Path(args.output_dir) / "log.jsonl", "a") as file:
-            file.write(json.dumps(dict(step=0) | result) + "\n")
-    except OSError as e:
-        say(f"--output_dir {args.output_dir}: the result could not be written there ({e.strerror})")
-
-
-def report_score(args, guesses: torch.Tensor, truth: torch.Tensor, classes: list[str], **more):
-    """Report top-1 and top-5, and with --per_class the accuracy of each class."""
-    if args.per_class:
-        for label, name in enumerate(classes):
-            own = guesses[truth == label, 0] == label
-            say(f"{name}: {100 * own.float().mean():.1f} % of {len(own)} images")
-    report(args, **score(guesses, truth), images=len(truth), **more)
-
-
 @torch.no_grad()
-def classify(model: nn.Module, images: Images, args) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict the five best classes (n, 5) of all images and return them with the labels (n,). Leaves the model in
-    training mode."""
+def classify(model: ViT, val: Dataset, args) -> dict[str, float]:
+    """Score a classifier on all images: top1 and top5 in %. Leaves the model in training mode."""
     if WORLD > 1:
         for buffer in model.buffers():  # the BatchNorm statistics of the first process are used
             dist.broadcast(buffer, 0)
     model.eval()
-    results = []
-    for batch, *truth in eval_batches(images, args):
+    hits = []
+    for images, labels in eval_batches(val, args):
         with autocast(args.precision):
-            results.append((best_five(model(batch)), *truth))
+            logits = model(images)
+        hits.append(logits.topk(min(5, logits.shape[1])).indices == labels[:, None])
     model.train()
-    return collect(results)
+    hits = gather(torch.cat(hits)).double()
+    return dict(top1=round(100 * hits[:, 0].mean().item(), 3), top5=round(100 * hits.sum(1).mean().item(), 3))
+
+
+def report(args, **result):
+    """Print the result of the task as one JSON object."""
+    if RANK == 0:
+        print(json.dumps(dict(task=args.task, data=args.data, checkpoint=args.checkpoint) | result), flush=True)
 
 
 # ---------------------------------------------------------------- tasks ----
 
 
-def knn(args, weights, data: Images, val: Images):
-    """Evaluate weighted k-NN on frozen features, for each of --k."""
-    vit = make_encoder(args, weights).to(DEVICE).eval()
-    bank, labels = train.features(vit, data, args, [args.pool])
-    if max(args.k) > len(bank):
-        raise ValueError(f"--k {max(args.k)} is larger than the training set ({len(bank)} images)")
-    queries, truth = train.features(vit, val, args, [args.pool])
-    mine, guesses = queries[:, 0].tensor_split(WORLD)[RANK], {}
-    for k in args.k:
-        votes = knn_votes(mine, bank[:, 0], labels, len(data.classes), k)
-        guesses[k] = gather([best_five(votes)])
-    report_score(args, guesses[args.k[0]], truth, data.classes, k={k: score(guesses[k], truth) for k in args.k})
+def score_classifier(args, weights, val: Dataset):
+    """Score the classifier that --checkpoint holds, with its own pooling, without training."""
+    classes = len(weights.get("head.weight", ()))
+    if classes != len(val.classes):
+        raise ValueError(f"--epochs 0 scores a classifier, but --checkpoint {args.checkpoint} has "
+                         f"{f'one of {classes} classes' if classes else 'none'}, and --data {len(val.classes)} classes")
+    model = make_encoder(args, weights, num_classes=classes, pool=own_pool(weights)).to(DEVICE)
+    report(args, **classify(model, val, args))
 
 
-def fit_heads(x: torch.Tensor, y: torch.Tensor, classes: int, lrs: list[float], args) -> list[nn.Linear]:
-    """Train a linear classifier for each learning rate, side by side: features (n, D), labels (n,)."""
-    heads = [linear_head(x.shape[1], classes).to(x.device) for _ in lrs]
-    optimizer = torch.optim.SGD([dict(params=head.parameters()) for head in heads], momentum=0.9,
-                                weight_decay=args.weight_decay)
-    batch = min(args.total_batch, len(x))
-    per_epoch = len(x) // batch
-    for step in range(args.epochs * per_epoch):
-        if step % per_epoch == 0:
-            shuffled = torch.randperm(len(x)).to(x.device)
-        for group, lr in zip(optimizer.param_groups, lrs):
-            group["lr"] = learning_rate(step / per_epoch, lr, args.warmup_epochs, args.epochs, args.min_lr)
-        indices = shuffled[step % per_epoch * batch:][:batch]
-        sum(F.cross_entropy(head(x[indices]), y[indices], label_smoothing=args.smoothing) for head in heads).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return heads
-
-
-def linear_cached(args, weights, data: Images, val: Images):
-    """Train the linear probe on features that are computed once, without augmentation. A held-out tenth of the data
-    chooses the learning rate; then the classifier is trained again on all of it. Every process trains the same one."""
-    classes = len(data.classes)
-    probe = make_classifier(args, weights, classes).to(DEVICE)
-    x, y = train.features(probe, data, args, [args.pool])
-    norm = probe.head[0].eval()
-    norm.running_mean, norm.running_var = x[:, 0].mean(0), x[:, 0].var(0)
-    x = norm(x[:, 0])
-    torch.manual_seed(args.seed)  # reading images has changed the generator
-    order = torch.randperm(len(x))
-    tenth = math.ceil(len(x) / 10)
-    held_out, rest = order[:tenth], order[tenth:]
-    lrs = [args.blr * args.total_batch / 256 * factor for factor in (0.03, 0.1, 0.3, 1, 3, 10)]
-    start = time.monotonic()
-    heads = fit_heads(x[rest], y[rest], classes, lrs, args)
-    say(f"{len(rest):,} images for training and {len(held_out):,} to choose among {len(lrs)} learning rates; "
-        f"{(time.monotonic() - start) / args.epochs:.2f} s per epoch")
-    right = [(head(x[held_out]).argmax(1) == y[held_out]).float().mean().item() for head in heads]
-    lr = lrs[right.index(max(right))]
-    probe.head[1] = fit_heads(x, y, classes, [lr], args)[0]
-    report_score(args, *classify(probe, val, args), data.classes, lr=lr)
-    if RANK == 0:
-        train.save_checkpoint(Path(args.output_dir) / "cached.pt", dict(model=probe.state_dict(), config=vars(args)))
-
-
-def score_and_keep(run: Run, val: Images) -> tuple[torch.Tensor, torch.Tensor]:
-    """Score the classifier on val, report and log it, and save best.pt if it is the best so far. Returns what classify
-    returns."""
-    result = classify(run.model, val, run.args)
-    scores = score(*result)
-    say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
-    run.log(**scores)
-    if scores["top1"] > run.best:
-        run.best = scores["top1"]
-        run.save("best.pt", **scores)
-    return result
-
-
-def train_classifier(args, weights, data: Images, val: Images):
-    """Train the classifier of `linear` or `finetune` and score it. last.pt is for resuming, best.pt the best so far."""
+def train_classifier(args, weights, data: Dataset, val: Dataset):
+    """Train the classifier of `linear` or `finetune` and score it."""
     model = make_classifier(args, weights, len(data.classes)).to(DEVICE)
     if args.compile:
         model.compile()
-    if args.eval_only:
-        return report_score(args, *classify(model, val, args), data.classes)
+    mixes = []
     if args.task == "linear":
         optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-        mixes = []
     else:
         groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
@@ -274,8 +175,7 @@ def train_classifier(args, weights, data: Images, val: Images):
     run = Run(args, model, optimizer, len(data))
     say(f"{run.last_step:,} steps of {run.total_batch}")
 
-    # A run that was interrupted before an evaluation begins with it.
-    result = score_and_keep(run, val) if run.evaluation_due and run.step else None
+    scores = None
     for micro_batches in run.steps(Views(data, training_view(args), args.seed)):
         lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
         for images, labels in micro_batches:
@@ -283,18 +183,48 @@ def train_classifier(args, weights, data: Images, val: Images):
             with autocast(args.precision):
                 loss = F.cross_entropy(run.forward(images), labels, label_smoothing=args.smoothing)
             run.backward(loss)
-        run.log_step(run.update(lr))
-        if run.evaluation_due:  # before the save, because last.pt keeps the best score
-            result = score_and_keep(run, val)
+        run.update(lr)
+        if run.evaluation_due:
+            scores = classify(model, val, args)
+            say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
+            run.log(**scores)
         if run.save_due:
             run.save()
 
     if run.finished:
-        report_score(args, *(result or classify(model, val, args)), data.classes, best_top1=run.best,
-                     step=run.last_step)
+        report(args, **(scores or classify(model, val, args)), step=run.step)
 
 
 # ---------------------------------------------------------------- pictures ----
+
+
+def heat(values: torch.Tensor) -> Image.Image:
+    """Draw one map (L,), stretched to its own range, in colours from violet to yellow."""
+    low, high = values.min(), values.max()
+    grey = rearrange((values - low) / (high - low).clamp(min=1e-9), "(h w) -> 1 h w", h=math.isqrt(len(values)))
+    return ImageOps.colorize(v2.functional.to_pil_image(grey), "#12052b", "#fbf69b", "#c7395a")
+
+
+def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
+    """Save labelled rows of pictures. rows: label -> images (N, 3, h, w) in [0, 1], maps (N, L), or an order (N, L)
+    long, whose steps are written on patches of at least 14 pixels."""
+    label, pitch, font = max(150, cell * 2 // 3), cell + 6, ImageFont.load_default(max(15, cell // 14))
+    canvas = Image.new("RGB", (label + pitch * len(next(iter(rows.values()))), 6 + pitch * len(rows)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for r, (name, row) in enumerate(rows.items()):
+        pen.text((10, 6 + r * pitch + cell // 2), name, "black", font, "lm")
+        for c, picture in enumerate(row.cpu()):
+            left, top = label + c * pitch, 6 + r * pitch
+            rank = picture.argsort() if picture.dtype == torch.long else None
+            tile = (v2.functional.to_pil_image(picture.clamp(0, 1)) if picture.ndim == 3 else
+                    heat(picture.float() if rank is None else -rank.float()))
+            patch = cell / tile.width
+            canvas.paste(tile.resize((cell, cell), Image.Resampling.NEAREST), (left, top))
+            for i, step in enumerate(rank.tolist() if rank is not None and patch >= 14 else ()):
+                y, x = divmod(i, tile.width)
+                pen.text((left + (x + 0.5) * patch, top + (y + 0.5) * patch), str(step + 1),
+                         "black" if step < len(rank) / 2 else "white", ImageFont.load_default(patch / 2.2), "mm")
+    canvas.save(path)
 
 
 def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
@@ -304,22 +234,51 @@ def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
         return None
     names = ("order", "anchor", "loss", "norm_pix", "blur")
     options = {name: weights.config[name] for name in names if name in weights.config}
-    model = SemAIM(args.img_size, args.patch_size, vit.cls_token.shape[-1], len(vit.blocks), vit.blocks[0].attn.heads,
+    model = SemAIM(args.img_size, args.patch_size, vit.width, len(vit.blocks), vit.blocks[0].attn.heads,
                    query_depth=len({name.split(".")[1] for name in weights if name.startswith("query_blocks.")}),
                    head="mlp" if "prediction_head.fc2.weight" in weights else "linear", **options)
     model.load_state_dict(weights | {"pos_embed": vit.pos_embed})  # interpolated
     return model.eval()
 
 
+def decoder_rows(model: SemAIM, images: torch.Tensor, prediction: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Make rows for draw(): the target and the prediction (N, L, p*p*3) of normalised images, as pixels."""
+    mean, std = train.MEAN.to(images.device), train.STD.to(images.device)
+    target, prediction = pixel_target(images, model.patch_size, model.blur, norm_pix=False), prediction.float()
+    if model.norm_pix:  # the model does not predict a patch's mean and contrast: take the true ones
+        prediction = prediction * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
+    return {"target\n(blurred)" if model.blur else "target": unpatchify(target, model.patch_size) * std + mean,
+            "prediction": unpatchify(prediction, model.patch_size) * std + mean}
+
+
 @torch.no_grad()
-def loss_by_place(model: SemAIM, images: Images, args) -> list[float]:
-    """Compute the mean loss of the patches in each eighth of the order, from first to last, on at most 2,000 images."""
-    results = []
-    for batch, *truth in eval_batches(images.evenly(2000), args):
+def order_statistics(encoder: ViT, data: Dataset, anchor: str, args) -> dict[str, float]:
+    """Measure on at most 2,000 images whether the order follows the content.
+    position_share: the share of the variance of the similarity maps, each minus its own mean, that their average map
+    explains. 1 means that all images have the same map. mirrored: the share of images whose most similar patch moves to
+    the mirrored place when the image is flipped."""
+    pairs = []
+    for images, _ in eval_batches(train.evenly(data, 2000), args):
         with autocast(args.precision):
-            out = model(batch)
-        results.append((out.loss_map.gather(1, out.order), *truth))
-    values = collect(results)[0]
+            pairs.append(torch.stack([encoder.similarity(x, anchor) for x in (images, images.flip(-1))], dim=1))
+    maps, flipped = gather(torch.cat(pairs)).float().unbind(1)
+    centred = maps - maps.mean(1, keepdim=True)
+    share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
+    grid = math.isqrt(maps.shape[1])
+    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid  # not of the flipped map: ties take the first patch
+    mirrored = flipped.argmax(1) == row * grid + grid - 1 - column
+    return dict(position_share=round(share.item(), 4), mirrored=round(mirrored.float().mean().item(), 4))
+
+
+@torch.no_grad()
+def loss_by_place(model: SemAIM, data: Dataset, args) -> list[float]:
+    """Compute the mean loss of the patches in each eighth of the order, from first to last, on at most 2,000 images."""
+    losses = []
+    for images, _ in eval_batches(train.evenly(data, 2000), args):
+        with autocast(args.precision):
+            out = model(images)
+        losses.append(out.loss_map.gather(1, out.order))
+    values = gather(torch.cat(losses))
     return [round(part.mean().item(), 4) for part in values.tensor_split(min(8, values.shape[1]), dim=1)]
 
 
@@ -329,161 +288,83 @@ def show(args, weights):
     decoder, target and prediction. With --data, also report how much the order depends on the content, and the loss by
     place in the order."""
     if args.images:
-        shown = Images(args.images)
+        pictures = [train.decode(path) for path in args.images]
     else:
-        data = load_data(args.data, "val", args.data_root) or load_data(args.data, "train", args.data_root)
-        shown = data.evenly(8)
-    pictures = []
-    for i in range(len(shown)):
-        try:
-            pictures.append(shown.load(i))
-        except Exception as e:  # Pillow raises many types for damaged files
-            raise ValueError(f"{shown.path(i)} is not readable as an image ({e})") from e
+        data, val = load_data(args)
+        data = val or data
+        pictures = [image for image, _ in train.evenly(data, 8)]
     pictures = torch.stack([train.resize(v2.functional.center_crop(picture, min(picture.shape[1:])),
                                          [args.img_size, args.img_size]) for picture in pictures])
-    # A classifier that finetune has saved may be mean-pooled, and then has no final norm.
-    pool = "mean" if "fc_norm.weight" in weights and "norm.weight" not in weights else "cls"
-    vit = make_encoder(args, weights, args.activation, pool=pool).to(DEVICE).eval()
-    batch = normalise(pictures)
-    anchor = args.anchor or weights.config.get("anchor", "cls")
-    names = dict.fromkeys((anchor, "attention") if args.anchor else ANCHORS)  # each once
-    maps = {name: vit.similarity(batch, name) for name in names}
+    clip = dict(activation=args.activation) if "proj.weight" in weights else {}
+    vit = make_encoder(args, weights, pool=own_pool(weights), **clip).to(DEVICE).eval()
+    batch = train.normalise(pictures)
+    maps = {name: vit.similarity(batch, name) for name in ANCHORS}
     rows = {f"similarity\n({name},\nbright: high)": similarity for name, similarity in maps.items()}
-    rows = {"image": pictures / 255} | rows
     kind = weights.config.get("order", "semantic")
-    order = patch_order(kind, maps[anchor])
-    rows[f"order\n({kind},\nby {anchor},\nbright: early)"] = order
-    statistics = {} if args.images else train.order_statistics(vit, data, anchor, args)
+    order = patch_order(kind, maps[args.anchor])
+    rows = {"image": pictures / 255} | rows | {f"order\n({kind},\nby {args.anchor},\nbright: early)": order}
+    statistics = {} if args.images else order_statistics(vit, data, args.anchor, args)
     decoder = make_decoder(args, weights, vit)
     if decoder:
-        decoder.to(DEVICE).anchor = anchor
-        rows |= train.decoder_rows(decoder, batch, decoder(batch, order))
+        decoder.to(DEVICE).anchor = args.anchor
+        rows |= decoder_rows(decoder, batch, decoder(batch, order).prediction)
         if not args.images:
             statistics["loss_by_place"] = loss_by_place(decoder, data, args)
     path = Path(args.output_dir) / "show.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    train.draw(path, rows, cell=400 if len(pictures) < 4 else 224)
-    report(args, picture=str(path), anchor=anchor, data=args.images or args.data, **statistics)
+    draw(path, rows, cell=400 if len(pictures) < 4 else 224)
+    report(args, picture=str(path), anchor=args.anchor, data=args.images or args.data, **statistics)
 
 
 # ---------------------------------------------------------------- command line ----
 
 
-def stratified(data: Images, fraction: float, seed: int) -> Images:
-    """Draw the same fraction of every class, by the seed."""
-    shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    kept = []
-    for label, name in enumerate(data.classes):
-        own = shuffled[data.labels[shuffled] == label]
-        kept.append(own[:round(fraction * len(own))])
-        if not len(kept[-1]):
-            raise ValueError(f"--label_fraction {fraction} of the {len(own)} images of class {name} cannot be drawn")
-    return data.subset(torch.cat(kept).sort().values)
-
-
-def add_task_flags(parser: Parser, task: str, recipe: dict):
-    """Add the flags of one task, with the recipe's values as defaults."""
-    train.add_shared_flags(parser, recipe)
-    add = parser.add_argument_group("evaluation").add_argument
-    if task == "show":
-        add("images", nargs="*", metavar="IMAGE", help="image files; without any, eight images of --data")
-        add("--anchor", choices=ANCHORS, help="draw this map and attention, and order by this map (default: draw "
-            "all, and order by the run's anchor)")
-        add("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="activation of a CLIP file")
-        return
-    add("--label_fraction", type=train.share, default=1.0, help="train on this share of every class")
-    add("--pool", choices=("cls", "mean"), default=recipe["pool"], help="[CLS] or the mean of the patch tokens")
-    add("--per_class", action="store_true", help="also print the accuracy of each class")
-    if task == "knn":
-        add("--k", type=positive, nargs="+", default=[20, 10, 30],
-            help="numbers of neighbours; top1 and top5 are for the first")
-        return
-    add("--eval_only", action="store_true", help="only score the classifier in --checkpoint")
-    add("--smoothing", type=train.share, default=recipe["smoothing"], help="label smoothing")
-    train.add_training_flags(parser, recipe)
-    if task == "linear":
-        add("--cache_features", action="store_true", help="not the paper's recipe: compute the features once, "
-            "without augmentation, and choose the learning rate on a tenth of the training images")
-        return
-    add = parser.add_argument_group("regularisation").add_argument
-    add("--randaugment", type=int, choices=range(11), metavar="0-10", default=recipe["randaugment"],
-        help="magnitude of RandAugment; 0: off")
-    for name, what in (("layer_decay", "factor of the learning rate from one layer to the one below"),
-                       ("drop_path", "chance that a sample skips a branch of the last block"),
-                       ("crop_min", "smallest share of the area in a crop"), ("erasing", "chance of RandomErasing")):
-        add(f"--{name}", type=train.share, default=recipe[name], help=what)
-    for name in ("mixup", "cutmix"):
-        add(f"--{name}", type=train.decimal, default=recipe[name], help="alpha of its Beta distribution; 0: off")
-
-
 def parse_args(argv=None):
-    """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights; {} if random)."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] not in (*TASKS, "-h", "--help"):
+    """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights)."""
+    task, *argv = (sys.argv[1:] if argv is None else argv) or [None]
+    if task not in TASKS:
         raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
-    first = Parser(add_help=False)
-    first.add_argument("--checkpoint", metavar="FILE", help="any file of ViT weights (default: random weights)")
-    first.add_argument("--data", default="shapes", type=train.data_name, help=train.DATA_HELP)
-    first.add_argument("--arch", choices=ARCHS, help="size of random weights; a checkpoint has its own")
-    first.add_argument("--patch_size", type=positive, help="patch size of random weights; a checkpoint has its own")
-    first.add_argument("--heads", type=positive, help="attention heads; 64 wide each if nothing tells their number")
-    known, others = first.parse_known_args(argv)
-    weights = Weights() if known.checkpoint is None else load_weights(known.checkpoint)
-    heads = known.heads or weights.config.get("heads")
-    arch = known.arch or "vit_nano"
-    size = ARCHS[arch] | train.RECIPES.get(arch, train.PAPER)
+    names, recipe = TASKS[task]
+    known = train.peek(argv, "checkpoint", "heads", "arch", "data")
+    weights = load_weights(known.checkpoint) if known.checkpoint else Weights()  # empty: random
+    arch, size = known.arch or "vit_nano", {}
     if weights:
-        vit = vit_like(weights, heads)
-        dim, depth = vit.cls_token.shape[-1], len(vit.blocks)
-        arch = next((name for name, a in ARCHS.items() if (a["dim"], a["depth"]) == (dim, depth)), "unknown")
-        size = dict(arch=arch, patch_size=vit.patch_size, img_size=vit.img_size)
-    first.set_defaults(arch=arch, patch_size=size["patch_size"], heads=heads, images=None, eval_only=False,
-                       cache_features=False)
-    parser = Parser(description="Evaluate a pre-trained encoder.")
-    tasks = parser.add_subparsers(dest="task", required=True)
-    defaults = dict(img_size=size["img_size"]) | train.machine_defaults(arch, known.data)
-    if "--eval_only" in others:
-        defaults["pool"] = weights.config.get("pool", "mean" if "fc_norm.weight" in weights else "cls")
-    recipes = {task: recipe | defaults | (NANO.get(task, {}) if arch == "vit_nano" else {})
-               for task, recipe in RECIPES.items()}
-    for task, recipe in recipes.items():
-        add_task_flags(tasks.add_parser(task, parents=[first], help=TASKS[task]), task, recipe)
-    args = parser.parse_args(argv)
-    for name in ("arch", "patch_size"):
-        if weights and getattr(args, name) != size[name]:
-            raise ValueError(f"--{name} {getattr(args, name)}, but {args.checkpoint} has {size[name]}; leave it out")
-    for name in ("accum_iter", "clip_grad", "grad_checkpointing", "resume", "stop_after"):
-        if args.cache_features and getattr(args, name):
-            raise ValueError(f"--{name} has no effect with --cache_features")
-    if args.task != "show" and "proj.weight" in weights:
-        raise ValueError(f"{args.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
-    if args.output_dir is None:
-        folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{args.arch}-random"
-        args.output_dir = str(folder / (args.task if args.images else f"{args.task}-{Path(args.data).resolve().name}"))
-    # With cached features every process trains the whole classifier: the batch is not split over processes.
-    train.settle_batch(args, recipes[args.task], 1 if args.cache_features else WORLD)
+        if "proj.weight" in weights and task != "show":
+            raise ValueError(f"{known.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
+        heads = int(known.heads) if (known.heads or "").isdigit() else weights.config.get("heads", 0)
+        vit = vit_like(weights, heads, pool=own_pool(weights))
+        found = vit.cls_token.shape[-1], len(vit.blocks)
+        arch = next((name for name, a in ARCHS.items() if (a["dim"], a["depth"]) == found), "vit")
+        size = dict(img_size=vit.img_size, heads=heads, anchor=weights.config.get("anchor", "cls"))
+    else:
+        names += "arch", "patch_size"
+    defaults = train.defaults_of(arch, known.data) | size | recipe | (NANO.get(task, {}) if arch == "vit_nano" else {})
+    args = train.parse_flags(argv, names, defaults, "images" if task == "show" else "", prog=f"eval.py {task}")
+    args.task, args.arch, args.patch_size = task, arch, vit.patch_size if weights else args.patch_size
+    if not vars(args).get("output_dir"):
+        folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{arch}-random"
+        name = "" if vars(args).get("images") else f"-{Path(args.data).resolve().name}"
+        args.output_dir = str(folder / (task + name))
     return args, weights
 
 
 def evaluate(args, weights):
     """Run one evaluation, from the command line's arguments to the JSON line."""
     train.join_processes()
-    say(weights.summary or "no --checkpoint: the weights are random")
+    if not args.checkpoint:
+        say("no --checkpoint: the weights are random")
     torch.manual_seed(args.seed)
     if args.task == "show":
         return show(args, weights)
-    data = load_data(args.data, "train", args.data_root)
-    val = load_data(args.data, "val", args.data_root, data.classes)
-    if data.labels is None or val is None or val.labels is None:
+    data, val = load_data(args)
+    if val is None or len(data.classes) < 2:
         raise ValueError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
-    if args.label_fraction != 1:
-        data = stratified(data, args.label_fraction, args.seed)
-    say(f"{args.task} of {args.arch} at {args.img_size} px on {args.data}: {len(data):,} images for training, "
-        f"{len(val):,} for the score, {WORLD} x {DEVICE.type} in {args.precision}, results in {args.output_dir}")
+    say(f"{args.task} of {args.arch}: {len(data):,} images for training, {len(val):,} for the score of {args.data}")
     if args.task == "knn":
-        knn(args, weights, data, val)
-    elif args.cache_features and not args.eval_only:
-        linear_cached(args, weights, data, val)
+        scores = train.knn(make_encoder(args, weights).to(DEVICE), data, val, args)
+        report(args, top1=scores["knn_cls"], **scores)
+    elif args.task == "finetune" and args.epochs == 0:
+        score_classifier(args, weights, val)
     else:
         train_classifier(args, weights, data, val)
 

@@ -9,23 +9,19 @@ each patch, its pixels or a teacher's features of it, from the patches before it
     positions,                 sorted by the order -> query stream (causal cross-attention to the content)
     query stream -> prediction head -> loss against pixel_target or a teacher's features
 
-This file needs only torch and einops. Its sections follow the flow of the data.
+This file needs only torch and einops, and safetensors to read such files. Its sections follow the flow of the data.
 Shapes: N images, L = grid * grid patches, D width, C channels; token 0 is [CLS].
 """
 import argparse
-import json
 import math
-import os
 import re
-import zipfile
-from typing import Callable, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 ARCHS = {  # vit_base and vit_large are the paper's; vit_nano is small enough to train on a CPU
     "vit_nano": dict(patch_size=8, dim=128, depth=4, heads=2, query_depth=4),
@@ -143,25 +139,22 @@ def pool_tokens(tokens: Tensor, pool: str) -> Tensor:
 class ViT(nn.Module):
     """Vision transformer: images (N, 3, H, W) -> pooled features (N, D), or logits if num_classes is not 0.
 
-    pool: "cls" takes CLS after `norm`; "mean" averages the patch tokens and applies `fc_norm` in place of `norm`.
-    registers: number of DINOv2's register tokens, which have no position and stand after CLS. Raises ValueError for
-    sizes that do not fit each other."""
+    Images of another size are resized to img_size. pool: "cls" takes CLS after `norm`; "mean" averages the patch tokens
+    and applies `fc_norm` in place of `norm`. Raises ValueError for sizes that do not fit each other."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, num_classes=0, pool="cls",
-                 drop_path=0.0, registers=0):
+                 drop_path=0.0):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         if dim % 4 or dim % heads:
             raise ValueError(f"dim {dim} must be a multiple of 4 and of heads {heads}")
         _check("pool", pool, ("cls", "mean"))
-        self.img_size, self.patch_size, self.pool, self.registers = img_size, patch_size, pool, registers
-        self.grad_checkpointing = False  # True: keep only the input of each block and recompute the rest for gradients
+        self.img_size, self.patch_size, self.pool, self.width = img_size, patch_size, pool, dim
         # One linear map for every patch, stored as a convolution under timm's name, patch_embed.proj.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size))
-        self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 0.02) if registers else None
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # deeper blocks are dropped more often
         self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
@@ -177,30 +170,22 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Embed the patches and add their positions: images (N, 3, H, W) -> (N, L, D), without CLS."""
-        if images.shape[-2:] != (self.img_size, self.img_size):
-            raise ValueError(f"images have {tuple(images.shape[-2:])} pixels, the model's img_size is {self.img_size}")
+        size = (self.img_size, self.img_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
         return rearrange(self.patch_embed.proj(images), "n d h w -> n (h w) d") + self.pos_embed[:, 1:]
 
     def with_cls(self, patches: Tensor) -> Tensor:
-        """Put CLS, with its position, and the register tokens in front: (N, T, D) -> (N, 1 + registers + T, D)."""
-        front = self.cls_token + self.pos_embed[:, :1]
-        if self.registers:
-            front = torch.cat([front, self.register_tokens], dim=1)
-        return torch.cat([front.expand(len(patches), -1, -1), patches], dim=1)
-
-    def _run(self, block: nn.Module, *inputs) -> Tensor:
-        """Call block(*inputs), with or without grad_checkpointing."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+        """Put CLS, with its position, in front: (N, T, D) -> (N, 1+T, D)."""
+        cls = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls.expand(len(patches), -1, -1), patches], dim=1)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Encode images (N, 3, H, W) without a mask -> tokens (N, 1+L, D) after the final norm, without registers."""
+        """Encode images (N, 3, H, W) without a mask -> tokens (N, 1+L, D) after the final norm."""
         x = self.with_cls(self.embed(images))
         for block in self.blocks:
-            x = self._run(block, x)
-        x = self.norm(x)
-        return torch.cat([x[:, :1], x[:, 1 + self.registers:]], dim=1) if self.registers else x
+            x = block(x)
+        return self.norm(x)
 
     def attention_map(self, images: Tensor) -> Tensor:
         """Compute the last block's attention from CLS to each patch, averaged over heads: (N, 3, H, W) -> (N, L)."""
@@ -210,7 +195,7 @@ class ViT(nn.Module):
         q, k, _ = self.blocks[-1].attn.split(self.blocks[-1].norm1(x))
         with torch.autocast(images.device.type, enabled=False):  # fp32, as in similarity_map
             weights = q[:, :, :1].float() @ k.float().mT / math.sqrt(q.shape[-1])  # only CLS as a query
-            return weights.softmax(-1)[:, :, 0, 1 + self.registers:].mean(1)
+            return weights.softmax(-1)[:, :, 0, 1:].mean(1)
 
     def similarity(self, images: Tensor, anchor: str = "cls") -> Tensor:
         """Compute the similarity of each patch with the whole image, by any of ANCHORS: (N, 3, H, W) -> (N, L)."""
@@ -237,19 +222,9 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
     return F.cosine_similarity(centre, patches, dim=-1)
 
 
-def content_free(function: Callable) -> Callable:
-    """Mark an order that does not use the values of the similarity. SemAIM then skips the similarity pass and gives the
-    order zeros (N, L)."""
-    function.content_free = True
-    return function
-
-
 def grid_positions(similarity: Tensor) -> Tensor:
-    """Return the (row, column) of each patch, (L, 2). Raises ValueError if the patches do not form a square grid."""
-    grid = math.isqrt(similarity.shape[1])
-    if grid * grid != similarity.shape[1]:
-        raise ValueError(f"{similarity.shape[1]} patches do not form a square grid")
-    line = torch.arange(grid, device=similarity.device)
+    """Return the (row, column) of each patch of a square grid, (L, 2)."""
+    line = torch.arange(math.isqrt(similarity.shape[1]), device=similarity.device)
     return torch.cartesian_prod(line, line)
 
 
@@ -271,19 +246,16 @@ def similarity_order(similarity: Tensor) -> Tensor:
     return similarity.argsort(dim=1, descending=True, stable=True)
 
 
-@content_free
 def stochastic_order(similarity: Tensor) -> Tensor:
     """Order patches at random (SAIM)."""
     return ascending(torch.zeros_like(similarity))
 
 
-@content_free
 def raster_order(similarity: Tensor) -> Tensor:
     """Order patches row by row (iGPT)."""
     return torch.arange(similarity.shape[1], device=similarity.device).repeat(len(similarity), 1)
 
 
-@content_free
 def center_order(similarity: Tensor) -> Tensor:
     """Order patches in square rings from the centre of the image outwards."""
     position = grid_positions(similarity)
@@ -293,21 +265,21 @@ def center_order(similarity: Tensor) -> Tensor:
 
 ORDERS = {"semantic": semantic_order, "similarity": similarity_order, "stochastic": stochastic_order,
           "raster": raster_order, "center": center_order}
+CONTENT_FREE = ("stochastic", "raster", "center")  # use only the shape of the similarity, so it is not computed
 
 
 def patch_order(kind, similarity: Tensor) -> Tensor:
     """Order the patches: similarity (N, L) -> order (N, L) long, where order[n, t] is the patch predicted at step t.
 
     kind: a name in ORDERS, or any function similarity -> order; to try a new order, write one and pass it. Raises
-    ValueError for another shape or type. Whether rows are permutations is not checked: it would synchronise the GPU."""
+    ValueError for another shape or dtype. Whether rows are permutations is not checked; it would synchronise a GPU."""
     if not callable(kind):
         _check("order", kind, ORDERS)
         kind = ORDERS[kind]
     order = kind(similarity)
-    if not torch.is_tensor(order) or order.shape != similarity.shape or order.dtype != torch.long:
-        found = f"{order.dtype} {tuple(order.shape)}" if torch.is_tensor(order) else type(order).__name__
+    if order.shape != similarity.shape or order.dtype != torch.long:
         raise ValueError(f"order {getattr(kind, '__name__', kind)} must return torch.int64 {tuple(similarity.shape)}, "
-                         f"but it returns {found}")
+                         f"but it returns {order.dtype} {tuple(order.shape)}")
     return order
 
 
@@ -411,15 +383,14 @@ class SemAIM(ViT):
     """ViT with a second stream that predicts each patch from the patches before it: images (N, 3, H, W) -> Output.
 
     query_depth: blocks of the second stream; one follows each group of depth / query_depth encoder blocks. order: a
-    name in ORDERS or a function. target: "pixel", or "dino", "clip" or "ema", which all mean feature_loss against the
-    teacher_tokens given to forward; target_dim is their width (default: dim). head: the prediction head, "mlp" or
-    "linear". Raises ValueError for an unknown name, or a query_depth that does not divide depth."""
+    name in ORDERS or a function. target: "pixel", or the features of a teacher: "dino", "clip" and "ema" all select
+    feature_loss, and forward needs teacher_tokens, whose width is target_dim (default: dim). head: the prediction head,
+    "mlp" or "linear". Raises ValueError for an unknown name, or a query_depth that does not divide depth."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
                  target_dim=None, order="semantic", anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp"):
         _check("target", target, TARGETS)
         _check("anchor", anchor, ANCHORS)
-        _check("loss", loss, ("l2", "l1"))
         _check("head", head, ("mlp", "linear"))
         if not callable(order):
             _check("order", order, ORDERS)
@@ -428,7 +399,6 @@ class SemAIM(ViT):
         super().__init__(img_size, patch_size, dim, depth, heads)
         self.target, self.order, self.anchor, self.loss = target, order, anchor, loss
         self.norm_pix, self.blur = norm_pix, blur
-        self.needs_similarity = not getattr(order if callable(order) else ORDERS[order], "content_free", False)
         self.pos_embed.requires_grad_(False)
         self.query_blocks = nn.ModuleList(QueryBlock(dim, heads) for _ in range(query_depth))
         out = target_dim or (patch_size**2 * 3 if target == "pixel" else dim)
@@ -440,7 +410,7 @@ class SemAIM(ViT):
     def similarity(self, images: Tensor, anchor: Optional[str] = None) -> Tensor:
         """Compute the similarity map (N, L) by an unmasked pass. anchor: by default the model's own."""
         device = images.device.type
-        # No cache: the forward pass would reuse the weights that autocast casts here without gradient (torch <= 2.6).
+        # No cache, because the forward pass would reuse weights that were cast here, without gradient (torch <= 2.6).
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
             return super().similarity(images, anchor or self.anchor)
 
@@ -467,29 +437,22 @@ class SemAIM(ViT):
         """Run both streams, with masks as in attend: content (N, K, D), query (N, L, D) -> last query (N, L, D)."""
         every = len(self.blocks) // len(self.query_blocks)
         for i, block in enumerate(self.blocks):
-            content = self._run(block, content, content_mask)
+            content = block(content, content_mask)
             if (i + 1) % every == 0:
-                query = self._run(self.query_blocks[i // every], query, content, query_mask)
+                query = self.query_blocks[i // every](query, content, query_mask)
         return query
 
     def forward(self, images: Tensor, order: Optional[Tensor] = None, target: Optional[Tensor] = None,
-                teacher_tokens: Optional[Tensor] = None, similarity: Optional[Tensor] = None,
-                masked: bool = False) -> Output:
+                teacher_tokens: Optional[Tensor] = None, masked: bool = False) -> Output:
         """Predict every patch of images (N, 3, H, W) and compare with the target -> Output.
 
-        order (N, L): if None, computed from similarity (N, L), else from teacher_tokens (N, 1+L, C), else from the
-        model's own unmasked pass. target (N, L, C): if None, the pixel target or the teacher's patch tokens.
-        masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
-        shape = len(images), self.pos_embed.shape[1] - 1  # (N, L)
-        if order is not None or not self.needs_similarity:
-            similarity = None
-        elif similarity is None and teacher_tokens is None:
-            similarity = self.similarity(images)
-        elif similarity is None:
-            if self.anchor == "attention":
-                raise ValueError("anchor 'attention' cannot be computed from teacher_tokens: pass similarity=(N, L), "
-                                 "for example teacher.similarity(images, 'attention')")
-            similarity = similarity_map(teacher_tokens, self.anchor)
+        order (N, L): by default from the similarity map of teacher_tokens (N, 1+L, C) or, without them, of the model's
+        own unmasked pass. target (N, L, C): by default the pixel target or the teacher's patch tokens. masked: use
+        predict_masked. Raises ValueError if something is missing or a shape does not fit."""
+        similarity, shape = None, (len(images), self.pos_embed.shape[1] - 1)  # (N, L)
+        if order is None and self.order not in CONTENT_FREE:
+            similarity = (self.similarity(images) if teacher_tokens is None
+                          else similarity_map(teacher_tokens, self.anchor))
         if order is None:
             order = patch_order(self.order, images.new_zeros(shape) if similarity is None else similarity)
         if order.shape != shape:
@@ -526,6 +489,7 @@ class CLIPTower(ViT):
         _check("activation", activation, activations)
         self.norm_pre = nn.LayerNorm(dim)
         self.proj = nn.Linear(dim, out, bias=False)
+        self.width = out
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5
@@ -539,238 +503,111 @@ class CLIPTower(ViT):
         return self.proj(super().tokens(images))
 
 
-class Teacher(nn.Module):
-    """Frozen ViT: images (N, 3, H, W) of any size, normalised with ImageNet's statistics -> tokens (N, 1+L, C).
+def load_teacher(kind: str, path, heads: Optional[int] = None, grid: Optional[int] = None,
+                 activation: str = "quick_gelu") -> ViT:
+    """Load a frozen ViT, whose tokens(images) are the targets and decide the order, from a file of weights.
 
-    Any callable with this signature can be the teacher: model(images, teacher_tokens=teacher(images)). Row 0 is CLS; a
-    model without CLS (SigLIP) may put anything there if the anchor is "gap".
-    Attributes: width (C), grid (L = grid * grid), summary (sentences on the file that load_teacher read)."""
-
-    def __init__(self, vit: ViT, summary: str = ""):
-        super().__init__()
-        self.vit, self.summary = vit.eval().requires_grad_(False), summary
-        self.width = vit.proj.out_features if isinstance(vit, CLIPTower) else vit.cls_token.shape[-1]
-        self.grid = vit.img_size // vit.patch_size
-
-    def train(self, mode: bool = True):
-        return super().train(False)  # the student's train() must not change the teacher
-
-    def _resize(self, images: Tensor) -> Tensor:
-        size = (self.vit.img_size, self.vit.img_size)
-        if images.shape[-2:] == size:
-            return images
-        return F.interpolate(images, size=size, mode="bicubic", antialias=True)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        return self.vit.tokens(self._resize(images))
-
-    @torch.no_grad()
-    def similarity(self, images: Tensor, anchor: str = "cls") -> Tensor:
-        """Compute the similarity map (N, L) of images (N, 3, H, W), by any of ANCHORS."""
-        return self.vit.similarity(self._resize(images), anchor)
-
-
-def ema_teacher(model: ViT) -> Teacher:
-    """Copy the model's encoder into a teacher, which ema_update then changes."""
-    weights = encoder_weights(model.state_dict())
-    vit = vit_like(weights, heads=model.blocks[0].attn.heads)
-    vit.load_state_dict(weights)
-    return Teacher(vit).to(model.pos_embed.device)
+    kind: "clip", or "dino" for any other ViT. grid: number of patches per side (default: the file's); images are
+    resized to it. heads, activation: see vit_like. Raises ValueError or OSError."""
+    _check("teacher", kind, ("dino", "clip"))
+    weights = load_weights(path)
+    if (kind == "clip") != ("proj.weight" in weights):
+        raise ValueError(f"{path} is {'no' if kind == 'clip' else 'a'} CLIP tower, but the target is {kind!r}")
+    return vit_like(weights, heads, grid=grid, activation=activation).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def ema_update(teacher: Teacher, model: ViT, decay: float):
+def ema_update(teacher: ViT, model: ViT, decay: float):
     """Update every weight of the teacher: decay * its value + (1 - decay) * the model's."""
     weights = dict(model.named_parameters())
-    for name, weight in teacher.vit.named_parameters():
+    for name, weight in teacher.named_parameters():
         weight.lerp_(weights[name], 1 - decay)
 
 
 # ---------------------------------------------------------------- reading weights ----
 
 
-class _Refused(ValueError):
-    """The reason why a file is refused. load_weights puts the path in front of the message."""
+class Weights(dict):
+    """State dict, name -> fp32 tensor. path: its file. config: the settings of a checkpoint of train.py, else {}."""
+    path, config = "the state dict", {}
 
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-
-
-def _read_safetensors(path) -> dict[str, Tensor]:
-    """Read a .safetensors file: 8 bytes with the header's length, the header (JSON), then the tensors without gaps."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, 2**24):  # 16 MiB is far more than any ViT needs
-            raise ValueError("the header is too long")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]  # mapped, not read
-    offsets = [entry["data_offsets"] for entry in header.values()]
-    if any(not 0 <= start <= stop for start, stop in offsets) or sum(b - a for a, b in offsets) != len(data):
-        raise ValueError("the tensors do not fill the file")
-    weights = {}
-    for name, entry in header.items():
-        part = data[slice(*entry["data_offsets"])].clone()  # a copy is aligned
-        weights[name] = part.view(DTYPES[entry["dtype"]]).view(entry["shape"])  # fails for another size
-    return weights
-
-
-def _read_file(path):
-    """Read a file of weights of any format. Nothing in it is run."""
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":
-        return _read_safetensors(path)
-    zipped = start[:2] == b"PK"
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-            raise _Refused("is a TorchScript archive, and reading one can run code. If you trust it, convert it: "
-                           "python -c \"import torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
-        if sum(entry.file_size for entry in entries) > os.path.getsize(path):
-            raise ValueError("compressed archives, which torch.save does not write, could fill the memory")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
-        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-
-
-ENCODER = ("cls_token", "pos_embed", "register_tokens", "patch_embed.", "norm_pre.", "blocks.", "norm.", "proj.")
-HEADS = re.compile(r"(query_blocks|prediction_head|fc_norm)\.|head\.([01]\.)?(weight|bias|running_mean|running_var)$")
-LEFT_OUT = re.compile(r"(\w*head\w*|decoder\w*|mask(ed)?_\w+)(\.|$)")  # the encoder's tokens do not depend on these
-NAMES = (  # names of timm's registers and of OpenAI's CLIP, without `visual.` -> ours
+CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
     (r"^class_embedding$", "cls_token"), (r"^positional_embedding$", "pos_embed"), (r"^conv1\.", "patch_embed.proj."),
     (r"^ln_pre\.", "norm_pre."), (r"^ln_post\.", "norm."), (r"^proj$", "proj.weight"),
     (r"^transformer\.resblocks\.", "blocks."), (r"\.ln_([12])\.", r".norm\1."), (r"\.in_proj_", ".qkv."),
-    (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."), (r"^reg_token$", "register_tokens"))
+    (r"\.out_proj\.", ".proj."), (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."))
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard deviation of ImageNet, then CLIP's
               (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-class Weights(dict):
-    """State dict with the names of this file, name -> fp32 tensor. summary: a sentence on what was taken from the file;
-    config: the "config" of a checkpoint of this project, else {}."""
-    summary, config = "", {}
+def _read_file(path):
+    """Read a file of torch.save or safetensors. No code in it is run. Raises ValueError or OSError."""
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except ImportError:
+        raise ValueError(f"{path} needs another package: pip install safetensors") from None
+    except Exception as e:  # corrupt files raise many types
+        why = "is corrupt, is not a file of weights, or asks to run code"
+        if "TorchScript" in str(e):
+            why = ("is a TorchScript archive, which could run code. If you trust it, convert it: python -c "
+                   "\"import torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
+        raise ValueError(f"{path} {why}") from None
 
 
-def _find_vit(file, key: Optional[str], size: int) -> tuple[dict[str, Tensor], str]:
-    """Find the image encoder in the content of a file -> (its weights in fp32, name of the part). size: of the file."""
-    file = file if isinstance(file, dict) else {}
-    keys = [key] if key else ["teacher", "student", "model", "state_dict"]
-    part = next((k for k in keys if isinstance(file.get(k), dict)), "")
-    if key and not part:
-        raise _Refused(f"has no part {key!r}")
-    weights = {}
-    for name, w in (file[part] if part else file).items():
-        if torch.is_tensor(w) and w.is_floating_point():
-            name = re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name))
-            if name in weights:
-                raise _Refused(f"has two tensors for {name}")
-            weights[name] = w
-    image_tower = {name[7:]: w for name, w in weights.items() if name.startswith("visual.")}
-    weights = image_tower or weights  # CLIP may come with its text tower
-    for mark, feature in ((".mlp.w12.", "SwiGLU MLPs"), ("rope", "rotary positions (DINOv3)")):
-        if any(mark in name for name in weights):
-            raise _Refused(f"has {feature}, which are not supported")
-    if "class_embedding" not in weights and not {"cls_token", "pos_embed"} <= weights.keys():
-        raise _Refused("holds no ViT with CLS and learned positions: its first weights are "
-                       + (", ".join([*weights][:3]) or "missing"))
-    if sum(w.nbytes for w in weights.values()) > size:
-        raise _Refused("is corrupt: its tensors are larger than the file")
-    # Copies, because a tensor that is mapped to the file would change or crash when the file is overwritten.
-    return {name: w.to("cpu", torch.float32, copy=True) for name, w in weights.items()}, part
-
-
-def _to_our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of CLIP and timm, and fold in what this file's ViT does not have but can compute exactly."""
-    for old, new in NAMES:
+def _from_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the weights of CLIP's image tower to our names, and to images with ImageNet's statistics."""
+    for old, new in CLIP_NAMES:
         weights = {re.sub(old, new, name): w for name, w in weights.items()}
-    if weights["pos_embed"].ndim == 2:  # OpenAI's CLIP
-        weights["cls_token"], weights["pos_embed"] = weights["cls_token"][None, None], weights["pos_embed"][None]
-        weights["proj.weight"] = weights["proj.weight"].t()
-    if "norm_pre.weight" in weights and "head.weight" in weights:  # timm's CLIP
-        if weights.pop("head.bias").any():
-            raise _Refused("has a classifier in place of CLIP's projection")
-        weights["proj.weight"] = weights.pop("head.weight")
-    if "norm_pre.weight" in weights and "patch_embed.proj.bias" not in weights:
-        # CLIP was trained with other image statistics: x -> (x * std + mean - clip_mean) / clip_std. Folded into the
-        # patch embedding, so that all encoders take images with ImageNet's statistics.
-        mean, std, clip_mean, clip_std = torch.tensor(STATISTICS).view(4, 3, 1, 1)
-        kernel = weights["patch_embed.proj.weight"]
-        weights["patch_embed.proj.weight"] = kernel * (std / clip_std)
-        weights["patch_embed.proj.bias"] = (kernel * ((mean - clip_mean) / clip_std)).sum((1, 2, 3))
-    dim, blocks = weights["cls_token"].shape[-1], {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    scales = [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma")) and weights[name].shape == (dim,)]
-    for name in scales if len(scales) == 2 * len(blocks) else ():  # LayerScale of some blocks alone: _select refuses it
-        # gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
-        gamma, layer = weights.pop(name), name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
-        weights[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
-    if math.isqrt(weights["pos_embed"].shape[1]) ** 2 == weights["pos_embed"].shape[1]:  # CLS has no position
-        weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))
+    weights["cls_token"], weights["pos_embed"] = weights["cls_token"][None, None], weights["pos_embed"][None]
+    weights["proj.weight"] = weights["proj.weight"].t()
+    # x -> (x * std + mean - clip_mean) / clip_std, folded into the patch embedding
+    mean, std, clip_mean, clip_std = torch.tensor(STATISTICS).view(4, 3, 1, 1)
+    kernel = weights["patch_embed.proj.weight"]
+    weights["patch_embed.proj.weight"] = kernel * (std / clip_std)
+    weights["patch_embed.proj.bias"] = (kernel * ((mean - clip_mean) / clip_std)).sum((1, 2, 3))
     return weights
 
 
-def _select(weights: dict[str, Tensor]) -> tuple[Weights, list[str]]:
-    """Select the weights of the encoder and of known heads -> (them, names of the rest). Raises _Refused if a ViT of
-    this file would not compute exactly what the weights were trained for."""
-    with torch.device("meta"):  # only names and shapes
-        expected = vit_like(weights, heads=1).state_dict()
-    missing = [name for name in expected if name not in weights and not name.startswith("norm.")]
-    if missing:
-        raise _Refused(f"lacks {len(missing)} weights: {', '.join(missing[:3])}")
-    taken = Weights({name: w for name, w in weights.items() if name in expected or HEADS.match(name)})
-    left_out = sorted(weights.keys() - taken.keys())
-    for name in left_out:
-        if not LEFT_OUT.match(name):  # ignoring it could change the encoder's output
-            raise _Refused(f"is another kind of ViT: it has {name}")
-    for name, w in taken.items():
-        if name in expected and w.shape != expected[name].shape:
-            raise _Refused(f"is another kind of ViT: its {name} is {tuple(w.shape)}")
-        if not w.isfinite().all():
-            raise _Refused(f"is corrupt: {name} has values that are not finite")
-    return taken, left_out
+def load_weights(path) -> Weights:
+    """Load a file of weights -> state dict with our names, in fp32. Raises ValueError or OSError, in one line.
 
-
-def load_weights(path, key: Optional[str] = None) -> Weights:
-    """Load a file of ViT weights -> Weights. Raises ValueError, one line, for a file that cannot be loaded exactly.
-
-    Known files: checkpoints of this project and of the authors' release, MAE, DINO, DINOv2, timm (with its DINOv2 and
-    CLIP), OpenAI's CLIP (as a state dict) and OpenCLIP, saved by torch or as .safetensors. Nothing in a file is run.
-    key: the part to take from a file with several, such as "student" in DINO's full checkpoint."""
-    try:
-        file = _read_file(path)
-        found, part = _find_vit(file, key, os.path.getsize(path))
-        weights, left_out = _select(_to_our_names(found))
-    except OSError as e:
-        raise ValueError(f"{path}: {e.strerror or e}") from None
-    except _Refused as e:
-        raise ValueError(f"{path} {e}") from None
-    except Exception as e:  # corrupt files and unexpected shapes raise many types
-        unsafe = re.search(r"GLOBAL ([\w.]+)", str(e))
-        raise ValueError(f"{path} is refused: it asks to load {unsafe[1]}, which could run code" if unsafe else
-                         f"{path} is corrupt, or not a file of ViT weights") from None
-    names = f" ({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)})" if left_out else ""
-    activation = ("; the file does not tell CLIP's activation, which is quick_gelu unless another is given"
-                  if "proj.weight" in weights else "")
-    weights.summary = (f"{path}: {len(weights)} tensors were taken{part and f' from its part {part!r}'} and "
-                       f"{len(left_out)} left out{names}{activation}.")
-    if isinstance(file.get("config"), dict):  # of this project
-        weights.config = file["config"]
+    Known files: checkpoints of this project and of the authors' release, MAE, DINO, DINOv2, timm, OpenAI's CLIP (as a
+    state dict) and OpenCLIP, saved by torch or as .safetensors. No code in a file is run."""
+    file = _read_file(path)
+    file = file if isinstance(file, dict) else {}
+    part = next((key for key in ("teacher", "model", "state_dict") if isinstance(file.get(key), dict)), None)
+    weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): w.float()
+               for name, w in (file[part] if part else file).items() if torch.is_tensor(w) and w.is_floating_point()}
+    image_tower = {name[len("visual."):]: w for name, w in weights.items() if name.startswith("visual.")}
+    weights = image_tower or weights  # CLIP may come with its text tower
+    if {"class_embedding", "positional_embedding", "conv1.weight", "proj"} <= weights.keys():
+        weights = _from_clip(weights)
+    for name in [name for name in weights if name.endswith((".ls1.gamma", ".ls2.gamma"))]:
+        layer = name.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        if f"{layer}.weight" in weights:
+            gamma = weights.pop(name)  # LayerScale: gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
+            weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
+            weights[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
+    weights, config = Weights(weights), file.get("config")
+    weights.path, weights.config = str(path), config if isinstance(config, dict) else {}
     return weights
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Select the encoder from the state dict of a SemAIM or ViT, with timm's names for VisionTransformer."""
-    return {name: w for name, w in weights.items() if name.startswith(ENCODER)}
+    encoder = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
+    return {name: w for name, w in weights.items() if name.startswith(encoder)}
 
 
 def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
-    """Interpolate position embeddings (1, 1 + g*g, D) to (1, 1 + grid*grid, D); CLS keeps its position.
-
-    Bicubic with antialiasing, as in timm; Meta's DINOv2 differs slightly (by default, no antialiasing)."""
+    """Interpolate position embeddings (1, 1 + g*g, D) to (1, 1 + grid*grid, D) as timm does; CLS keeps its own."""
     old = math.isqrt(pos_embed.shape[1] - 1)
     if old == grid:
         return pos_embed
@@ -779,40 +616,45 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     return torch.cat([pos_embed[:, :1], rearrange(patches, "n d h w -> n (h w) d")], dim=1)
 
 
-def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: Optional[int] = None,
-             activation: str = "quick_gelu", **options) -> ViT:
-    """Build an untrained ViT, or CLIPTower, with the sizes of a state dict from load_weights.
+LEFT_OUT = re.compile(r"(query_blocks|prediction_head|\w*head\w*|decoder\w*|mask(ed)?_\w+|norm|fc_norm)(\.|$)")
+UNSUPPORTED = {"reg": "register tokens", "norm_pre": "norm_pre (timm's CLIP layout)", "mlp.w12": "SwiGLU MLPs"}
 
-    heads: weights do not tell it; by default, heads are 64 wide, but 80 in ViT-H (width 1280).
-    img_size: by default the size that fits the positions. activation: for CLIP. options: see ViT. Raises ValueError."""
-    dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
+
+def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: Optional[int] = None,
+             grid: Optional[int] = None, activation: str = "quick_gelu", **options) -> ViT:
+    """Build a ViT, or CLIPTower, with the sizes and the values of a state dict from load_weights.
+
+    heads: weights do not tell it; by default, heads are 64 wide, but 80 in ViT-H (width 1280). img_size, or grid,
+    patches per side: by default those of the positions, which are interpolated to another. activation: for CLIP, whose
+    files do not tell it: "quick_gelu" (OpenAI) or "gelu" (most of OpenCLIP). options: see ViT; without weights, fc_norm
+    and head keep their initial values. Raises ValueError if others are missing, left over or of another shape."""
+    source = getattr(weights, "path", "the state dict")
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
+        if name not in weights:
+            raise ValueError(f"{source} holds no ViT with [CLS] and learned positions: it lacks {name}")
+    dim, *_, patch_size = weights["patch_embed.proj.weight"].shape
+    own_grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    if weights["pos_embed"].shape[1] != 1 + own_grid**2:
+        raise ValueError(f"{source} is another kind of ViT: its pos_embed is {tuple(weights['pos_embed'].shape)}")
+    img_size = img_size or (grid or own_grid) * patch_size
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    img_size = img_size or math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
     if not heads and dim % 64:
         raise ValueError(f"a ViT of width {dim} may have any number of heads; give heads= (--heads, --teacher_heads)")
     heads = heads or (16 if dim == 1280 else dim // 64)
     if "proj.weight" in weights:
-        return CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
-    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
-    return ViT(img_size, patch_size, dim, depth, heads, registers=registers, **options)
-
-
-def load_teacher(kind: str, path, heads: Optional[int] = None, grid: Optional[int] = None,
-                 activation: str = "quick_gelu") -> Teacher:
-    """Load a frozen Teacher, images (N, 3, H, W) -> tokens (N, 1+L, C), from a file that load_weights knows.
-
-    kind: "clip", or "dino" for any other ViT with a final norm. heads: see vit_like. grid: number of patches per side;
-    by default the file's, else images are resized and positions interpolated. activation: "quick_gelu" (OpenAI) or
-    "gelu" (most of OpenCLIP), which CLIP files do not tell. Raises ValueError, one line."""
-    _check("teacher", kind, ("dino", "clip"))
-    weights = load_weights(path)
-    if (kind == "clip") != ("proj.weight" in weights):
-        raise ValueError(f"{path} is {'no' if kind == 'clip' else 'a'} CLIP tower, but the target is {kind!r}")
-    if "norm.weight" not in weights:
-        raise ValueError(f"{path} lacks norm.weight, the final norm of a teacher")
-    encoder = encoder_weights(weights)
-    patch_size = encoder["patch_embed.proj.weight"].shape[-1]
-    vit = vit_like(encoder, heads, grid and grid * patch_size, activation)
-    vit.load_state_dict(encoder | {"pos_embed": resize_positions(encoder["pos_embed"], vit.img_size // patch_size)})
-    used = f" The activation used is {activation}." if kind == "clip" else ""
-    return Teacher(vit, weights.summary + used)
+        vit = CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
+    else:
+        vit = ViT(img_size, patch_size, dim, depth, heads, **options)
+    try:
+        positions = resize_positions(weights["pos_embed"], vit.img_size // patch_size)
+        missing, left_over = vit.load_state_dict({**weights, "pos_embed": positions}, strict=False)
+    except RuntimeError as e:  # the last line names a tensor and both shapes
+        raise ValueError(f"{source} is another kind of ViT: {str(e).splitlines()[-1].strip()}") from None
+    unknown = [name for name in left_over if not LEFT_OUT.match(name)]
+    if unknown:
+        features = [what for mark, what in UNSUPPORTED.items() if any(mark in name for name in unknown)]
+        raise ValueError(f"{source} is another kind of ViT: it has {(features or unknown)[0]}")
+    for name in missing:
+        if not name.startswith(("fc_norm.", "head.")):
+            raise ValueError(f"{source} lacks {name}")
+    return vit
