@@ -7,9 +7,9 @@
     python eval.py show --checkpoint FILE IMAGE...                      draw the similarity and the order
     torchrun --nproc_per_node=8 eval.py finetune ...                    knn, linear or finetune on 8 GPUs
 
-FILE is any file that semaim.load_weights reads; without --checkpoint the weights are random, which is the baseline. DIR
-holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the scores. The last line printed is one
-JSON object: task, top1 (and top5) in %, or for show the picture's path.
+FILE is any file that semaim.load_weights reads (CLIP only for show); without --checkpoint the weights are random, which
+is the baseline. DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the scores. The last
+line printed is one JSON object with, among others, task and top1 in %, or for show the picture's path.
 """
 import json
 import math
@@ -72,7 +72,7 @@ def make_encoder(args, weights, **options) -> ViT:
 
 
 def own_pool(weights) -> str:
-    """Return the pooling of a classifier that a file holds: a mean-pooled one has fc_norm in place of norm."""
+    """Return the pooling that a file implies: a classifier of mean-pooled features has fc_norm in place of norm."""
     return "mean" if "fc_norm.weight" in weights else "cls"
 
 
@@ -284,9 +284,9 @@ def loss_by_place(model: SemAIM, data: Dataset, args) -> list[float]:
 
 @torch.no_grad()
 def show(args, weights):
-    """Draw what a model sees in some images: the similarity by each anchor, the order as steps and, if the file has the
-    decoder, target and prediction. With --data, also report how much the order depends on the content, and the loss by
-    place in the order."""
+    """Draw what a model sees in some images: the similarity by each anchor, the order as steps and, if the file has a
+    decoder of pixels, target and prediction. With --data, also report how much the order depends on the content, and
+    the loss by place in the order."""
     if args.images:
         pictures = [train.decode(path) for path in args.images]
     else:

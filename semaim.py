@@ -9,7 +9,7 @@ each patch, its pixels or a teacher's features of it, from the patches before it
     positions,                 sorted by the order -> query stream (causal cross-attention to the content)
     query stream -> prediction head -> loss against pixel_target or a teacher's features
 
-This file needs only torch and einops, and safetensors to read such files. Its sections follow the flow of the data.
+This file needs only torch and einops, and safetensors for .safetensors files. Its sections follow the flow of the data.
 Shapes: N images, L = grid * grid patches, D width, C channels; token 0 is [CLS].
 """
 import argparse
@@ -356,14 +356,14 @@ def pixel_target(images: Tensor, patch_size: int, blur: bool = True, norm_pix: b
 
 
 def pixel_loss(prediction: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
-    """Compute the mean squared ("l2") or absolute ("l1") error of each patch: two times (N, L, K) -> (N, L)."""
+    """Compute the mean squared ("l2") or absolute ("l1") error of each patch: both (N, L, K) -> (N, L)."""
     _check("loss", kind, ("l2", "l1"))
     difference = prediction.float() - target
     return (difference**2 if kind == "l2" else difference.abs()).mean(-1)
 
 
 def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Compute the squared distance of the unit vectors, 2 - 2 cos, of each patch: two times (N, L, C) -> (N, L)."""
+    """Compute the squared distance of the unit vectors, 2 - 2 cos, of each patch: both (N, L, C) -> (N, L)."""
     return (F.normalize(prediction.float(), dim=-1) - F.normalize(target.float(), dim=-1)).square().sum(-1)
 
 
@@ -446,9 +446,9 @@ class SemAIM(ViT):
                 teacher_tokens: Optional[Tensor] = None, masked: bool = False) -> Output:
         """Predict every patch of images (N, 3, H, W) and compare with the target -> Output.
 
-        order (N, L): by default from the similarity map of teacher_tokens (N, 1+L, C) or, without them, of the model's
-        own unmasked pass. target (N, L, C): by default the pixel target or the teacher's patch tokens. masked: use
-        predict_masked. Raises ValueError if something is missing or a shape does not fit."""
+        order (N, L): by default from the similarity map of teacher_tokens (N, 1+L, C), which needs the anchor "cls" or
+        "gap", or of the model's own unmasked pass. target (N, L, C): by default the pixel target or the teacher's patch
+        tokens. masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
         similarity, shape = None, (len(images), self.pos_embed.shape[1] - 1)  # (N, L)
         if order is None and self.order not in CONTENT_FREE:
             similarity = (self.similarity(images) if teacher_tokens is None
@@ -512,7 +512,7 @@ def load_teacher(kind: str, path, heads: Optional[int] = None, grid: Optional[in
     _check("teacher", kind, ("dino", "clip"))
     weights = load_weights(path)
     if (kind == "clip") != ("proj.weight" in weights):
-        raise ValueError(f"{path} is {'no' if kind == 'clip' else 'a'} CLIP tower, but the target is {kind!r}")
+        raise ValueError(f"{path} {'is not' if kind == 'clip' else 'is'} a CLIP tower")
     return vit_like(weights, heads, grid=grid, activation=activation).eval().requires_grad_(False)
 
 
@@ -616,7 +616,7 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     return torch.cat([pos_embed[:, :1], rearrange(patches, "n d h w -> n (h w) d")], dim=1)
 
 
-LEFT_OUT = re.compile(r"(query_blocks|prediction_head|\w*head\w*|decoder\w*|mask(ed)?_\w+|norm|fc_norm)(\.|$)")
+LEFT_OUT = re.compile(r"(query_blocks|\w*head\w*|decoder\w*|mask(ed)?_\w+|norm|fc_norm)(\.|$)")
 UNSUPPORTED = {"reg": "register tokens", "norm_pre": "norm_pre (timm's CLIP layout)", "mlp.w12": "SwiGLU MLPs"}
 
 
@@ -626,8 +626,8 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
 
     heads: weights do not tell it; by default, heads are 64 wide, but 80 in ViT-H (width 1280). img_size, or grid,
     patches per side: by default those of the positions, which are interpolated to another. activation: for CLIP, whose
-    files do not tell it: "quick_gelu" (OpenAI) or "gelu" (most of OpenCLIP). options: see ViT; without weights, fc_norm
-    and head keep their initial values. Raises ValueError if others are missing, left over or of another shape."""
+    files do not tell it: "quick_gelu" (OpenAI) or "gelu" (most of OpenCLIP). options: see ViT. fc_norm and head keep
+    their initial values if they are missing. Raises ValueError if others are missing, left over or of another shape."""
     source = getattr(weights, "path", "the state dict")
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         if name not in weights:

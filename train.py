@@ -33,8 +33,8 @@ from torchvision import datasets, io
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, CLIPTower, SemAIM, ViT, ema_update, encoder_weights,
-                    load_teacher, load_weights, patch_order, pool_tokens, vit_like)
+from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, ViT, ema_update, encoder_weights, load_teacher,
+                    load_weights, patch_order, pool_tokens, vit_like)
 
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # ImageNet's, for all data
 DATASETS = dict(cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")  # torchvision's names
@@ -391,7 +391,7 @@ class Run:
         self.saved, self.finished = time.monotonic(), self.step == self.last_step
 
     def _resume(self):
-        """Restore everything from last.pt, and refuse settings that would change the result."""
+        """Restore everything from last.pt. Only the FREE flags may differ."""
         try:
             saved = torch.load(self.last, map_location="cpu", weights_only=True)
             model, optimizer, ema, old = (saved[name] for name in ("model", "optimizer", "ema", "config"))
@@ -413,7 +413,7 @@ class Run:
         return self.step / self.steps_per_epoch
 
     def steps(self, views: Views):
-        """Yield the micro-batches (images, labels), as of load_batches, of each step until the last one or a signal."""
+        """Yield an iterator of micro-batches (images, labels) for each step, until the last step or a signal."""
         def ask_to_stop(number, _):
             self.signalled = True
             if number == signal.SIGINT:  # a second Ctrl-C ends the program at once, without saving
@@ -438,7 +438,7 @@ class Run:
         self.started = time.monotonic()
         for micro in range(self.accum_iter):
             images, labels = next(batches)
-            torch.manual_seed(hash((self.args.seed, self.step, micro, RANK)))  # order ties, random orders, mixing
+            torch.manual_seed(hash((self.args.seed, self.step, micro, RANK)))  # for ties, mixing, drop path
             if WORLD > 1:
                 self.forward.require_backward_grad_sync = micro == self.accum_iter - 1  # DDP averages in the last
             yield images, labels
@@ -458,7 +458,8 @@ class Run:
             dist.all_reduce(values)
         loss, norm, signalled = (values / WORLD).tolist()
         if not math.isfinite(loss + norm):
-            raise ValueError(f"loss {loss}, gradient norm {norm} at step {self.step}; start again with a lower --blr")
+            raise ValueError(f"loss {loss}, gradient norm {norm} at step {self.step}; start again with a lower --blr, "
+                             "in another --output_dir")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         self.optimizer.step()
@@ -489,7 +490,7 @@ class Run:
 
     def save(self):
         """Write last.pt to a temporary file and rename it, so that it is complete whenever the program is killed. A
-        failed save is reported and training continues, but at the end of the run it raises OSError."""
+        failed save is reported and training continues; when the run ends or stops, it raises OSError."""
         self.saved = time.monotonic()
         if RANK:
             return
@@ -570,10 +571,11 @@ def make_model(args) -> tuple[SemAIM, ViT | None]:
     model = SemAIM(**size, target_dim=teacher.width if teacher else None,
                    **{name: getattr(args, name) for name in names}).to(DEVICE)
     if args.init_weights:
-        weights = load_weights(args.init_weights)
-        if isinstance(vit_like(weights, size["heads"]), CLIPTower):  # vit_like refuses other kinds of ViT
-            raise ValueError(f"--init_weights {args.init_weights} is a CLIP tower; use it as a --teacher")
-        missing, unused = model.load_state_dict(weights, strict=False)
+        load_teacher("dino", args.init_weights, size["heads"])  # refuses CLIP and other kinds of ViT
+        try:
+            missing, unused = model.load_state_dict(load_weights(args.init_weights), strict=False)
+        except RuntimeError as e:  # the last line names a tensor and both shapes
+            raise ValueError(f"--init_weights {args.init_weights}: {str(e).splitlines()[-1].strip()}") from None
         say(f"--init_weights: {len(missing)} weights are missing {missing[:3]}, {len(unused)} not used {unused[:3]}")
     if args.target == "ema":
         teacher = vit_like(encoder_weights(model.state_dict()), size["heads"]).requires_grad_(False).to(DEVICE)
@@ -591,7 +593,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model, teacher = make_model(args)
     optimizer, ema = make_optimizer(model, args.weight_decay), teacher if args.target == "ema" else None
-    attention = teacher and args.anchor == "attention"  # which a teacher's tokens do not tell
+    attention = teacher and args.anchor == "attention"  # which needs a pass of its own
     run = Run(args, model, optimizer, len(data), ema)
     say(f"{args.arch} on {len(data):,} images; {run.last_step:,} steps of {run.total_batch}, {WORLD} x {DEVICE.type}")
     if run.step == 0:
@@ -613,14 +615,14 @@ def train(args):
         if ema:  # the decay rises from 0.999 to 0.9999 over the first 100 epochs
             ema_update(ema, model, 0.999 + 0.0009 * min(epoch / 100, 1))
 
-        # A run that is killed between the two repeats both.
+        # A run that is killed in between repeats the steps and the evaluation since the last save.
         if run.evaluation_due:
             evaluate(run, data, val)
         if run.save_due:
             run.save()
 
     if run.finished:
-        say(f"done; to see the orders: python eval.py show --data {args.data} --checkpoint {run.last}")
+        say(f"done; to draw what it sees: python eval.py show --data {args.data} --checkpoint {run.last}")
 
 
 # ---------------------------------------------------------------- command line ----
@@ -689,9 +691,7 @@ def user_errors():
         traceback.clear_frames(e.__traceback__)  # frees the loaders, for whose processes Python would wait at exit
         message = re.sub(r"^\w+Error: ", "", (str(e) or repr(e)).strip().splitlines()[-1])  # a worker's is a traceback
         if re.search("out of memory|not enough memory|cannot allocate memory", str(e), re.IGNORECASE):
-            message = "out of memory; lower --batch_size, which does not change the result"
-        elif "size mismatch" in message:
-            message = f"--init_weights: {message}"
+            message = "out of memory; lower --batch_size, for example to half of it"
         elif not isinstance(e, (ValueError, OSError)):
             raise
         raise SystemExit(f"error: {message}") from None
