@@ -1357,7 +1357,7 @@ def test_unreadable_images(tmp_path, capsys):
 
 
 def test_an_error_ends_a_program_that_has_loader_processes(tmp_path):
-    bad = folder(tmp_path) / "train/cat/00.jpg"
+    bad = folder(tmp_path) / "val/cat/12.jpg"
     bad.write_text("no image")
     done = start(HERE / "eval.py", *f"knn --data {tmp_path}/data --workers 1".split(), timeout=60,
                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -177,7 +177,6 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     for _ in range(3):
         disc = (x - uniform(-1, 1)) ** 2 + (y - uniform(-1, 1)) ** 2 < uniform(0.05, 0.12) ** 2
         image = torch.where(disc[:, None], uniform(0.3, 0.6, 1), image)
-
     # Object: its own coordinates u, v, in which it fills [-1, 1].
     angle, radius = uniform(0, 2 * math.pi), uniform(0.5, 0.75)
     dx, dy = (x - uniform(-0.3, 0.3)) / radius, (y - uniform(-0.3, 0.3)) / radius
@@ -256,7 +255,7 @@ def load_data(args) -> tuple[Dataset, Dataset | None]:
     data, places = Folder(root / "train"), [root / name for name in ("val", "test") if (root / name).is_dir()]
     val = Folder(places[0]) if places else None
     if val and val.classes != data.classes:
-        raise ValueError(f"{val.root} and {data.root} differ in classes: {min({*val.classes} ^ {*data.classes})}, ...")
+        raise ValueError(f"{val.root} and {data.root} differ in classes: {min({*val.classes} ^ {*data.classes})!r} ...")
     return data, val
 
 
@@ -382,6 +381,7 @@ class Run:
         self.signalled, self.stopped = False, False  # this process received a signal; all stop after this step
         self.last = Path(args.output_dir) / "last.pt"
         self.last.parent.mkdir(parents=True, exist_ok=True)
+        self.last.with_suffix(".tmp").touch()  # fails now if it cannot be written later
         if self.last.exists():
             self._resume()
         if len({*from_all(self.step)}) > 1:
@@ -458,8 +458,7 @@ class Run:
             dist.all_reduce(values)
         loss, norm, signalled = (values / WORLD).tolist()
         if not math.isfinite(loss + norm):
-            raise ValueError(f"loss {loss}, gradient norm {norm} at step {self.step}; start again with a lower --blr, "
-                             "in another --output_dir")
+            raise ValueError(f"loss {loss}, gradient norm {norm}, step {self.step}; lower --blr in a new --output_dir")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         self.optimizer.step()
@@ -504,7 +503,8 @@ class Run:
                 os.fsync(file.fileno())
             os.replace(temporary, self.last)
         except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             why = f"{self.last} could not be written ({str(e).splitlines()[0]}); the file before it is kept"
             if self.finished or self.stopped:
                 raise OSError(why) from None
@@ -514,11 +514,11 @@ class Run:
 # ---------------------------------------------------------------- evaluation and training ----
 
 
-def eval_batches(data: Dataset, args):
+def eval_batches(data: Dataset, args, tries: int = 1):
     """Yield evaluation views (n, 3, size, size), normalised, and labels (n,) of this process's part of the images."""
     if len(data) < WORLD:
         raise ValueError(f"--data {args.data}: {len(data)} images are fewer than {WORLD} processes")
-    views = Views(data, functools.partial(eval_view, size=args.img_size), tries=1)
+    views = Views(data, functools.partial(eval_view, size=args.img_size), tries=tries)
     keys = [(0, index) for index in torch.arange(len(data)).tensor_split(WORLD)[RANK].tolist()]
     batches = load_batches(views, args.workers, sampler=keys, batch_size=args.batch_size)
     for images, labels in progress(batches, desc="evaluating", leave=False, delay=SECONDS):
@@ -526,10 +526,10 @@ def eval_batches(data: Dataset, args):
 
 
 @torch.no_grad()
-def features(model: ViT, data: Dataset, args) -> tuple[torch.Tensor, torch.Tensor]:
+def features(model: ViT, data: Dataset, args, tries: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute [CLS] and the mean of the patch tokens of all images: (n, 2, D), and the labels (n,)."""
     results = []
-    for images, labels in eval_batches(data, args):
+    for images, labels in eval_batches(data, args, tries):
         with autocast(args.precision):
             tokens = model.tokens(images)
         results.append((torch.stack([pool_tokens(tokens, pool) for pool in ("cls", "mean")], dim=1), labels))
@@ -539,7 +539,7 @@ def features(model: ViT, data: Dataset, args) -> tuple[torch.Tensor, torch.Tenso
 def knn(model: ViT, data: Dataset, val: Dataset, args, k: int = 20, temperature: float = 0.07) -> dict[str, float]:
     """Classify val by weighted k-NN: top-1 in %, by [CLS] and by the mean of the patch tokens. Each of the k images of
     data that are most similar by cosine votes exp(similarity / temperature)."""
-    (bank, labels), (queries, truth) = features(model, data, args), features(model, val, args)
+    (bank, labels), (queries, truth) = features(model, data, args, tries=10), features(model, val, args)
     scores = {}
     for i, name in enumerate(("knn_cls", "knn_mean")):
         known, right = F.normalize(bank[:, i], dim=1), 0
@@ -593,7 +593,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model, teacher = make_model(args)
     optimizer, ema = make_optimizer(model, args.weight_decay), teacher if args.target == "ema" else None
-    attention = teacher and args.anchor == "attention"  # which needs a pass of its own
+    attention = teacher and args.anchor == "attention"  # which needs its own pass
     run = Run(args, model, optimizer, len(data), ema)
     say(f"{args.arch} on {len(data):,} images; {run.last_step:,} steps of {run.total_batch}, {WORLD} x {DEVICE.type}")
     if run.step == 0:
