@@ -381,7 +381,7 @@ class Run:
         self.signalled, self.stopped = False, False  # this process received a signal; all stop after this step
         self.last = Path(args.output_dir) / "last.pt"
         self.last.parent.mkdir(parents=True, exist_ok=True)
-        self.last.with_suffix(".tmp").touch()  # fails now if it cannot be written later
+        self.last.with_name("log.jsonl").touch()  # fails now if the folder cannot be written
         if self.last.exists():
             self._resume()
         if len({*from_all(self.step)}) > 1:
