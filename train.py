@@ -93,7 +93,6 @@ FLAGS = {  # of train.py and eval.py. name: (default, what it is, choices); the 
     "mixup": (0.8, "alpha of Mixup's Beta distribution; 0: off"),
     "cutmix": (1.0, "alpha of CutMix's Beta distribution; 0: off"),
 }
-POSITIVE = ("img_size", "patch_size", "query_depth", "total_batch", "batch_size")
 RECIPES = {  # what differs from ViT-B
     "vit_nano": dict(data="shapes", img_size=32, total_batch=128, batch_size=128, epochs=8, warmup_epochs=1.0, blr=4e-3,
                      eval_every=4),
@@ -106,7 +105,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device(
     "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
-SECONDS = 0.1 if sys.stderr.isatty() else 30  # between two updates of a progress bar, which are lines of a log file
+SECONDS = 0.1 if sys.stderr.isatty() else 30  # between two updates of a progress bar; seldom in a log file
 progress = functools.partial(tqdm, disable=RANK > 0, mininterval=SECONDS, maxinterval=30)
 
 
@@ -142,9 +141,11 @@ def from_all(value) -> list:
 def gather(part: torch.Tensor) -> torch.Tensor:
     """Join the tensors (n, ...) of all processes on the device, in order of rank: (total, ...)."""
     part = part.to(DEVICE)
+    if WORLD == 1:
+        return part
     parts = [part.new_empty(size, *part.shape[1:]) for size in from_all(len(part))]
     parts[RANK] = part
-    for rank, values in enumerate(parts if WORLD > 1 else ()):
+    for rank, values in enumerate(parts):
         dist.broadcast(values, rank)
     return torch.cat(parts)
 
@@ -307,8 +308,7 @@ def batch_keys(n: int, batch: int, accum_iter: int, seed: int, start: int, stop:
         epoch, place = divmod(step, n // total)
         if place == 0 or shuffled is None:
             shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch))))
-        mine = shuffled[place * total:(place + 1) * total][RANK::WORLD]
-        for indices in mine.split(batch):
+        for indices in shuffled[place * total:(place + 1) * total][RANK::WORLD].split(batch):
             yield [(epoch, index) for index in indices.tolist()]
 
 
@@ -654,7 +654,7 @@ def parse_flags(argv, names, defaults: dict, positional: str = "", **options) ->
         parser.add_argument(positional, nargs="*")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        least = int(name in POSITIVE)
+        least = int(name in ("img_size", "patch_size", "query_depth", "total_batch", "batch_size"))
         if isinstance(value, (int, float)) and not least <= value < math.inf:
             raise ValueError(f"--{name} {value} is not a finite number of at least {least}")
     return args
