@@ -56,7 +56,7 @@ NANO = {  # what differs for vit_nano, on small data sets and a CPU
 
 
 def linear_head(dim: int, classes: int, std: float = 0.01) -> nn.Linear:
-    """Make a linear layer with truncated normal weights of that std and no bias at first."""
+    """Make a linear layer with truncated normal weights of this std and zero bias."""
     head = nn.Linear(dim, classes)
     nn.init.trunc_normal_(head.weight, std=std)
     nn.init.zeros_(head.bias)
@@ -153,7 +153,7 @@ def score_classifier(args, weights, val: Dataset):
     classes = len(weights.get("head.weight", ()))
     if classes != len(val.classes):
         raise ValueError(f"--epochs 0 scores a classifier, but --checkpoint {args.checkpoint} has "
-                         f"{f'one of {classes} classes' if classes else 'none'}, and --data {len(val.classes)} classes")
+                         f"{classes or 'no'} classes, and --data has {len(val.classes)}")
     model = make_encoder(args, weights, num_classes=classes, pool=own_pool(weights)).to(DEVICE)
     report(args, **classify(model, val, args))
 
@@ -206,8 +206,8 @@ def heat(values: torch.Tensor) -> Image.Image:
 
 
 def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
-    """Save labelled rows of pictures. rows: label -> images (N, 3, h, w) in [0, 1], maps (N, L), or an order (N, L)
-    long, whose steps are written on patches of at least 14 pixels."""
+    """Save labelled rows of pictures. rows: label -> images (N, 3, h, w) in [0, 1], maps (N, L), or int64 orders (N, L)
+    with the steps written on patches of at least 14 pixels."""
     label, pitch, font = max(150, cell * 2 // 3), cell + 6, ImageFont.load_default(max(15, cell // 14))
     canvas = Image.new("RGB", (label + pitch * len(next(iter(rows.values()))), 6 + pitch * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
@@ -254,9 +254,9 @@ def decoder_rows(model: SemAIM, images: torch.Tensor, prediction: torch.Tensor) 
 @torch.no_grad()
 def order_statistics(encoder: ViT, data: Dataset, anchor: str, args) -> dict[str, float]:
     """Measure on at most 2,000 images whether the order follows the content.
-    position_share: the share of the variance of the similarity maps, each minus its own mean, that their average map
-    explains. 1 means that all images have the same map. mirrored: the share of images whose most similar patch moves to
-    the mirrored place when the image is flipped."""
+    position_share: the average map's share of the variance of the similarity maps, after subtracting the mean of each
+    map. It is 1 if all images have the same map. mirrored: the share of images whose most similar patch moves to the
+    mirrored place when the image is flipped."""
     pairs = []
     for images, _ in eval_batches(train.evenly(data, 2000), args):
         with autocast(args.precision):
@@ -265,7 +265,7 @@ def order_statistics(encoder: ViT, data: Dataset, anchor: str, args) -> dict[str
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
     grid = math.isqrt(maps.shape[1])
-    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid  # not of the flipped map: ties take the first patch
+    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid  # mirror these, not maps: argmax breaks ties
     mirrored = flipped.argmax(1) == row * grid + grid - 1 - column
     return dict(position_share=round(share.item(), 4), mirrored=round(mirrored.float().mean().item(), 4))
 
@@ -284,9 +284,9 @@ def loss_by_place(model: SemAIM, data: Dataset, args) -> list[float]:
 
 @torch.no_grad()
 def show(args, weights):
-    """Draw what a model sees in some images: the similarity by each anchor, the order as steps and, if the file has a
-    decoder of pixels, target and prediction. With --data, also report how much the order depends on the content, and
-    the loss by place in the order."""
+    """Draw the similarity by each anchor, the order and, given a pixel decoder, the target and prediction. Without
+    IMAGE, draw images of --data and report how much the order depends on the content and, with a decoder, the loss by
+    place in the order."""
     if args.images:
         pictures = [train.decode(path) for path in args.images]
     else:
@@ -359,7 +359,7 @@ def evaluate(args, weights):
     data, val = load_data(args)
     if val is None or len(data.classes) < 2:
         raise ValueError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
-    say(f"{args.task} of {args.arch}: {len(data):,} images for training, {len(val):,} for the score of {args.data}")
+    say(f"{args.task} of {args.arch}: {len(data):,} train and {len(val):,} val images of {args.data}")
     if args.task == "knn":
         scores = train.knn(make_encoder(args, weights).to(DEVICE), data, val, args)
         report(args, top1=scores["knn_cls"], **scores)

@@ -1,8 +1,8 @@
 """SemAIM: semantic-aware autoregressive image modeling (Song, Zhang, Wang, AAAI 2024, arXiv:2312.10457).
 
 SemAIM orders the patches of each image. The patch that is most similar to the whole image comes first. The others
-follow by their distance from this first patch on the grid, nearest first. A vision transformer learns by predicting
-each patch, its pixels or a teacher's features of it, from the patches before it in that order.
+follow by their distance on the grid from this patch, nearest first. A vision transformer learns by predicting
+the pixels, or a teacher's features, of each patch from the patches before it in that order.
 
     images -> ViT without a mask -> similarity_map -> patch_order -> order
     images -> patch embedding, sorted by the order -> content stream (causal self-attention)
@@ -151,7 +151,7 @@ class ViT(nn.Module):
             raise ValueError(f"dim {dim} must be a multiple of 4 and of heads {heads}")
         _check("pool", pool, ("cls", "mean"))
         self.img_size, self.patch_size, self.pool, self.width = img_size, patch_size, pool, dim
-        # One linear map for every patch, stored as a convolution under timm's name, patch_embed.proj.
+        # The same linear map for all patches, stored as a convolution under timm's name, patch_embed.proj.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.pos_embed = nn.Parameter(sincos_pos_embed(dim, img_size // patch_size))
@@ -165,7 +165,7 @@ class ViT(nn.Module):
     @staticmethod
     def _init(module: nn.Module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_uniform_(module.weight.flatten(1))  # flatten is a view; treats the convolution as a linear
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # a view; the convolution is initialised as a linear map
             nn.init.zeros_(module.bias)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.tokens(images)
         features = self.fc_norm(pool_tokens(tokens, self.pool))
-        with torch.autocast(images.device.type, enabled=False):  # bf16 logits of many classes have ties
+        with torch.autocast(images.device.type, enabled=False):  # fp32: in bf16, many logits are equal
             return self.head(features)
 
 
@@ -265,14 +265,14 @@ def center_order(similarity: Tensor) -> Tensor:
 
 ORDERS = {"semantic": semantic_order, "similarity": similarity_order, "stochastic": stochastic_order,
           "raster": raster_order, "center": center_order}
-CONTENT_FREE = ("stochastic", "raster", "center")  # use only the shape of the similarity, so it is not computed
+CONTENT_FREE = ("stochastic", "raster", "center")  # need only the shape of the similarity, not its values
 
 
 def patch_order(kind, similarity: Tensor) -> Tensor:
     """Order the patches: similarity (N, L) -> order (N, L) long, where order[n, t] is the patch predicted at step t.
 
-    kind: a name in ORDERS, or any function similarity -> order; to try a new order, write one and pass it. Raises
-    ValueError for another shape or dtype. Whether rows are permutations is not checked; it would synchronise a GPU."""
+    kind: a name in ORDERS, or any function similarity -> order, for example to try a new order. Raises
+    ValueError for another shape or dtype. Rows are not checked to be permutations: this would synchronise a GPU."""
     if not callable(kind):
         _check("order", kind, ORDERS)
         kind = ORDERS[kind]
@@ -289,8 +289,8 @@ def patch_order(kind, similarity: Tensor) -> Tensor:
 def autoregressive_masks(order: Tensor) -> tuple[Tensor, Tensor]:
     """Build the two attention masks: order (N, L) -> content (N, 1+L, 1+L), query (N, L, 1+L), True = may attend.
 
-    Rows (queries) and columns (keys) are in raster order with CLS first. A content token attends to itself, CLS and the
-    patches before it; a query attends to CLS and the patches before it, not to itself; CLS attends only to itself."""
+    Rows and columns (keys) are in raster order after CLS; the query mask has no row for CLS. A content token attends to
+    CLS, the patches before it and itself; a query to CLS and the patches before its own; CLS only to itself."""
     rank = order.argsort(dim=1)  # rank[n, i] = step at which patch i is predicted
     rank = F.pad(rank, (1, 0), value=-1)  # CLS comes first
     content = rank[:, None, :] <= rank[:, :, None]
@@ -319,7 +319,7 @@ class CrossAttention(nn.Module):
 
 
 class QueryBlock(nn.Module):
-    """Decoder block: query (N, Q, D), content (N, K, D) -> query (N, Q, D). norm1 is applied to both."""
+    """Query block: query (N, Q, D), content (N, K, D) -> query (N, Q, D). norm1 is applied to both."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -356,14 +356,14 @@ def pixel_target(images: Tensor, patch_size: int, blur: bool = True, norm_pix: b
 
 
 def pixel_loss(prediction: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
-    """Compute the mean squared ("l2") or absolute ("l1") error of each patch: both (N, L, K) -> (N, L)."""
+    """Compute the mean squared ("l2") or absolute ("l1") error of each patch: two (N, L, K) -> (N, L)."""
     _check("loss", kind, ("l2", "l1"))
     difference = prediction.float() - target
     return (difference**2 if kind == "l2" else difference.abs()).mean(-1)
 
 
 def feature_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Compute the squared distance of the unit vectors, 2 - 2 cos, of each patch: both (N, L, C) -> (N, L)."""
+    """Compute the squared distance between normalised features, 2 - 2 cos: two (N, L, C) -> (N, L)."""
     return (F.normalize(prediction.float(), dim=-1) - F.normalize(target.float(), dim=-1)).square().sum(-1)
 
 
@@ -382,10 +382,10 @@ class Output(NamedTuple):
 class SemAIM(ViT):
     """ViT with a second stream that predicts each patch from the patches before it: images (N, 3, H, W) -> Output.
 
-    query_depth: blocks of the second stream; one follows each group of depth / query_depth encoder blocks. order: a
-    name in ORDERS or a function. target: "pixel", or the features of a teacher: "dino", "clip" and "ema" all select
-    feature_loss, and forward needs teacher_tokens, whose width is target_dim (default: dim). head: the prediction head,
-    "mlp" or "linear". Raises ValueError for an unknown name, or a query_depth that does not divide depth."""
+    query_depth: number of query blocks; one follows every depth / query_depth encoder blocks. order: a name in ORDERS
+    or a function. target: "pixel", or "dino", "clip" or "ema" for the features of a teacher; these three all use
+    feature_loss, and forward needs teacher_tokens or target, of width target_dim (default: dim). head: the prediction
+    head, "mlp" or "linear". Raises ValueError for an unknown name, or a query_depth that does not divide depth."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
                  target_dim=None, order="semantic", anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp"):
@@ -410,14 +410,14 @@ class SemAIM(ViT):
     def similarity(self, images: Tensor, anchor: Optional[str] = None) -> Tensor:
         """Compute the similarity map (N, L) by an unmasked pass. anchor: by default the model's own."""
         device = images.device.type
-        # No cache, because the forward pass would reuse weights that were cast here, without gradient (torch <= 2.6).
+        # With autocast's cache, forward would reuse weights cast here, which have no gradient (torch <= 2.6).
         with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
             return super().similarity(images, anchor or self.anchor)
 
     def predict(self, images: Tensor, order: Tensor) -> Tensor:
         """Predict every patch: images (N, 3, H, W), order (N, L) -> (N, L, target_dim) in raster order.
 
-        With the patches sorted by the order, "CLS and the patches before it" is plain causal attention. Let p_t be the
+        After sorting the patches by the order, the two masks become plain causal attention. Let p_t be the
         patch of step t. The content is [CLS, p_0, ..., p_(L-2)]. Query t predicts p_t and attends to content 0..t: CLS
         and p_0 to p_(t-1). No query attends to the last patch, so it is left out; both streams have length L."""
         content = self.with_cls(take(self.embed(images), order[:, :-1]))
@@ -434,7 +434,7 @@ class SemAIM(ViT):
         return self.prediction_head(self.norm(query))
 
     def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
-        """Run both streams, with masks as in attend: content (N, K, D), query (N, L, D) -> last query (N, L, D)."""
+        """Run both streams, with masks as in attend: content (N, K, D), query (N, L, D) -> query (N, L, D)."""
         every = len(self.blocks) // len(self.query_blocks)
         for i, block in enumerate(self.blocks):
             content = block(content, content_mask)
@@ -446,9 +446,9 @@ class SemAIM(ViT):
                 teacher_tokens: Optional[Tensor] = None, masked: bool = False) -> Output:
         """Predict every patch of images (N, 3, H, W) and compare with the target -> Output.
 
-        order (N, L): by default from the similarity map of teacher_tokens (N, 1+L, C), which needs the anchor "cls" or
-        "gap", or of the model's own unmasked pass. target (N, L, C): by default the pixel target or the teacher's patch
-        tokens. masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
+        order (N, L): by default from the similarity map of teacher_tokens (N, 1+L, C) if given (not with the anchor
+        "attention"), else of the model's unmasked pass. target (N, L, C): by default the pixel target or the teacher's
+        patch tokens. masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
         similarity, shape = None, (len(images), self.pos_embed.shape[1] - 1)  # (N, L)
         if order is None and self.order not in CONTENT_FREE:
             similarity = (self.similarity(images) if teacher_tokens is None
@@ -456,7 +456,7 @@ class SemAIM(ViT):
         if order is None:
             order = patch_order(self.order, images.new_zeros(shape) if similarity is None else similarity)
         if order.shape != shape:
-            raise ValueError(f"the order of the patches is {tuple(order.shape)}, but the images have {shape} patches")
+            raise ValueError(f"the order has the shape {tuple(order.shape)}, but (images, patches) are {shape}")
         if target is None and self.target == "pixel":
             target = pixel_target(images, self.patch_size, self.blur, self.norm_pix)
         elif target is None and teacher_tokens is not None:
@@ -465,7 +465,7 @@ class SemAIM(ViT):
             raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens or target")
         prediction = (self.predict_masked if masked else self.predict)(images, order)
         if target.shape != prediction.shape:
-            raise ValueError(f"the target is {tuple(target.shape)}, but the prediction is {tuple(prediction.shape)}")
+            raise ValueError(f"shape of target {tuple(target.shape)}, but of prediction {tuple(prediction.shape)}")
         loss_map = (pixel_loss(prediction, target, self.loss) if self.target == "pixel"
                     else feature_loss(prediction, target))
         return Output(loss_map.mean(), loss_map, order, similarity, prediction)
@@ -505,10 +505,10 @@ class CLIPTower(ViT):
 
 def load_teacher(kind: str, path, heads: Optional[int] = None, grid: Optional[int] = None,
                  activation: str = "quick_gelu") -> ViT:
-    """Load a frozen ViT, whose tokens(images) are the targets and decide the order, from a file of weights.
+    """Load a frozen teacher, a ViT or CLIPTower, from a weight file. Its tokens(images) are the targets.
 
     kind: "clip", or "dino" for any other ViT. grid: number of patches per side (default: the file's); images are
-    resized to it. heads, activation: see vit_like. Raises ValueError or OSError."""
+    resized to match. heads, activation: see vit_like. Raises ValueError or OSError."""
     _check("teacher", kind, ("dino", "clip"))
     weights = load_weights(path)
     if (kind == "clip") != ("proj.weight" in weights):
@@ -528,7 +528,7 @@ def ema_update(teacher: ViT, model: ViT, decay: float):
 
 
 class Weights(dict):
-    """State dict, name -> fp32 tensor. path: its file. config: the settings of a checkpoint of train.py, else {}."""
+    """State dict, name -> fp32 tensor. path: its file. config: the settings in a checkpoint of Run, else {}."""
     path, config = "the state dict", {}
 
 
@@ -562,7 +562,7 @@ def _read_file(path):
 
 
 def _from_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Convert the weights of CLIP's image tower to our names, and to images with ImageNet's statistics."""
+    """Convert the weights of CLIP's image tower to our names, for inputs with ImageNet's statistics."""
     for old, new in CLIP_NAMES:
         weights = {re.sub(old, new, name): w for name, w in weights.items()}
     weights["cls_token"], weights["pos_embed"] = weights["cls_token"][None, None], weights["pos_embed"][None]
@@ -601,7 +601,7 @@ def load_weights(path) -> Weights:
 
 
 def encoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Select the encoder from the state dict of a SemAIM or ViT, with timm's names for VisionTransformer."""
+    """Select the encoder's weights from a state dict of SemAIM or ViT. timm's VisionTransformer loads it."""
     encoder = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
     return {name: w for name, w in weights.items() if name.startswith(encoder)}
 
@@ -624,14 +624,14 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
              grid: Optional[int] = None, activation: str = "quick_gelu", **options) -> ViT:
     """Build a ViT, or CLIPTower, with the sizes and the values of a state dict from load_weights.
 
-    heads: weights do not tell it; by default, heads are 64 wide, but 80 in ViT-H (width 1280). img_size, or grid,
-    patches per side: by default those of the positions, which are interpolated to another. activation: for CLIP, whose
-    files do not tell it: "quick_gelu" (OpenAI) or "gelu" (most of OpenCLIP). options: see ViT. fc_norm and head keep
-    their initial values if they are missing. Raises ValueError if others are missing, left over or of another shape."""
+    heads: number of heads, which the weights do not show; by default each is 64 wide, or 80 in ViT-H (width 1280).
+    img_size, or grid (patches per side): by default the file's; the positions are interpolated to any other.
+    activation of a CLIP tower: "quick_gelu" (OpenAI) or "gelu" (most of OpenCLIP). options: see ViT. If fc_norm or head
+    is missing, it keeps its initial values. Decoders, other heads are ignored; other mismatches raise ValueError."""
     source = getattr(weights, "path", "the state dict")
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         if name not in weights:
-            raise ValueError(f"{source} holds no ViT with [CLS] and learned positions: it lacks {name}")
+            raise ValueError(f"{source} is not a ViT with [CLS] and pos_embed: it lacks {name}")
     dim, *_, patch_size = weights["patch_embed.proj.weight"].shape
     own_grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
     if weights["pos_embed"].shape[1] != 1 + own_grid**2:
@@ -639,7 +639,7 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     img_size = img_size or (grid or own_grid) * patch_size
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     if not heads and dim % 64:
-        raise ValueError(f"a ViT of width {dim} may have any number of heads; give heads= (--heads, --teacher_heads)")
+        raise ValueError(f"the heads of a ViT of width {dim} are unknown; give heads= (--heads, --teacher_heads)")
     heads = heads or (16 if dim == 1280 else dim // 64)
     if "proj.weight" in weights:
         vit = CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)

@@ -1,4 +1,4 @@
-"""Tests, without a network and on a GPU where there is one: python -m pytest -q test_semaim.py
+"""Tests; they need no internet and use a GPU if present: python -m pytest -q test_semaim.py
 
 Golden numbers were computed with the authors' release, on a CPU in fp32. A formula makes their weights, images and
 orders, so that no file is needed. Everything else is compared with its definition, which is written out here.
@@ -36,7 +36,7 @@ GRIDS = (4, 7, 14, 24)
 torch.set_num_threads(1)  # the tests are small
 torch.backends.cudnn.allow_tf32 = False  # the golden numbers are fp32
 train.DEVICE = evaluation.DEVICE = torch.device("cpu")  # runs are compared bit for bit
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # train.py knows
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding")  # harmless here
 randn = functools.partial(torch.randn, device=DEVICE)
 
 
@@ -60,7 +60,7 @@ def formula(shape, c, scale=1.0):
 
 @torch.no_grad()
 def fill(module, salt=0):
-    """Fill every parameter by the place of its name among the sorted names; it depends on the release's names."""
+    """Fill every parameter with numbers that depend on the rank of its name, which is the release's."""
     names = sorted(name for name, _ in module.named_parameters())
     for name, p in module.named_parameters():
         if name != "pos_embed" or p.requires_grad:
@@ -212,7 +212,7 @@ def test_a_new_order_is_a_function_of_the_similarity(kind):
 
 
 def test_who_decides_order_and_target():
-    """Order: `order`, else teacher_tokens, else the model. Target: `target`, else pixels, else the teacher's tokens."""
+    """Order: `order`, else teacher_tokens, else the model. Target: `target`, else by model.target, pixels or tokens."""
     images, tokens, other = randn(3, 3, 8, 8), randn(3, 17, 24), randn(3, 16, 24)
     order = patch_order("stochastic", other[..., 0])
     pixels, attention = (tiny(order="similarity", anchor=anchor).to(DEVICE) for anchor in ("cls", "attention"))
@@ -267,7 +267,7 @@ def test_masks_by_definition():
 @pytest.mark.parametrize("masked", (False, True), ids=("gather", "masked"))
 @pytest.mark.parametrize("grid", GRIDS)
 def test_no_patch_sees_itself_or_what_comes_later(grid, masked):
-    """New pixels in the t-th patch leave the predictions 0..t as they are and change t+1; t is every step, or 100."""
+    """New pixels in the t-th patch leave the predictions 0..t as they are and change t+1; t: all steps or ~100."""
     model, length = tiny(grid).double().to(DEVICE), grid**2
     image = randn(1, 3, 2 * grid, 2 * grid, dtype=torch.double)
     order = torch.randperm(length, device=DEVICE)[None]
@@ -311,7 +311,7 @@ def test_initialisation_pooling_and_stochastic_depth():
 
 @pytest.mark.parametrize("anchor", semaim.ANCHORS)
 def test_autocast(anchor):
-    """The similarity is computed in fp32, from a pass in the precision of the rest; every weight gets a gradient."""
+    """The similarity is computed in fp32, from the tokens of a bf16 pass; every weight gets a gradient."""
     model, images, seen = tiny(14, anchor=anchor).to(DEVICE), randn(2, 3, 28, 28), []
     model.blocks[0].attn.qkv.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     with torch.autocast(DEVICE.type, torch.bfloat16):  # with its cache of casts
@@ -350,7 +350,7 @@ class Devices(TorchDispatchMode):
 
 @pytest.mark.parametrize("target", semaim.TARGETS)
 def test_no_tensor_is_created_on_another_device(monkeypatch, target):
-    """Tensors of the device "meta" have no values, but a backward pass. A step on it stands for one on a GPU."""
+    """Tensors on the device "meta" have no values but allow backward(). A step on it replaces one on a GPU."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # does not know this device
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     images = torch.empty(2, 3, 8, 8, device="meta")
@@ -379,8 +379,8 @@ def small_vit(seed=0, **options):
 
 
 def same_weights(a, b, rtol=1e-4):
-    """Equal to 1e-6, which is fp32 rounding; except for key biases: softmax cancels them, so that their gradient is
-    rounding noise alone, and Adam scales noise up to the learning rate."""
+    """Compare up to fp32 rounding, but not key biases: softmax cancels them, so that their gradient is only rounding
+    noise, which Adam scales up to the learning rate."""
     for name in a:
         x, y = (w[name].chunk(3)[::2] if "qkv.bias" in name else w[name] for w in (a, b))
         if not name.endswith("attn.k.bias"):
@@ -623,7 +623,7 @@ def test_folder_layouts(tmp_path, monkeypatch):
     (tmp_path / "shapes/val").rename(tmp_path / "shapes/test")
     assert len(load("./shapes")[1]) == 2
     add(tmp_path, "photos/1.png photos/test/2.png photos/deep/deeper/3.png")
-    for place, count in (("photos", 3), ("shapes/train/a", 2)):  # without train/: images, none set apart
+    for place, count in (("photos", 3), ("shapes/train/a", 2)):  # without train/: all images, no val
         data, val = load(place)
         assert (len(data), data.classes, val, {label for _, label in data.samples}) == (count, [""], None, {0})
     assert train.parse_args(["--data", "./shapes"]).output_dir == "output/vit_nano-shapes-pixel"
@@ -783,7 +783,7 @@ def score(capsys, *flags):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with `data`, files of weights, what is wrong, and three runs that were never interrupted."""
+    """A folder with `data`, weight files, bad inputs, and three runs that were never interrupted."""
     root = tmp_path_factory.mktemp("made")
     folder(root)
     add(root, "photos/1.png cow/train/cat/1.png cow/train/dog/1.png cow/val/cow/1.png cow/val/dog/1.png")
@@ -880,7 +880,7 @@ def killed(made, tmp_path_factory):
                  else [*RUN, "--target", kind])
         cases.append((*place.split("."), nth, [*first, *f"--data {made}/data --save_every_minutes 0 {flags}".split(),
                                                "--output_dir", str(root / case)]))
-    with open(root / "said", "w") as file:  # not a pipe, which loader workers of the dead would keep open
+    with open(root / "said", "w") as file:  # not a pipe, which workers of killed runs would keep open
         start(root / "killed.py", json.dumps(cases), stdout=file, stderr=subprocess.DEVNULL)
     return root, dict(zip(KILLS, map(int, (root / "said").read_text().split())))
 
@@ -1186,7 +1186,7 @@ def test_order_statistics_by_definition(made):
 
 # ---------------------------------------------------------------- several processes ----
 
-# Several commands in one start, because starting processes takes longer than the runs. DDP counts its all-reduces.
+# Several commands in one start, because starting processes takes longer than the runs. A hook counts all-reduces.
 SEVERAL = """
 import json, os, sys
 import torch
@@ -1234,8 +1234,8 @@ SPLITS = {"1x8": 8, "1x4 twice": 4, "2x4": 4, "2x2 twice": 2}  # processes x bat
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
-    """Run six steps of 8 of 24 images, split in four ways, in two orders; a run that one process begins and two resume;
-    evaluations of 19 images. Return (folder, what the two processes have said)."""
+    """Train six steps (batches of 8, 24 images) with four splits and two orders; resume a run of one process with two;
+    evaluate on 19 images. Return (folder, output of the two processes)."""
     root, commands = tmp_path_factory.mktemp("several"), []
     folder(root, 24)
     folder(root / "odd", 19, classes=tuple("abcdefg"))  # 2 does not divide 19

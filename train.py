@@ -2,12 +2,12 @@
 
     python train.py                                                    the demo: vit_nano on generated shapes, any CPU
     python train.py --data cifar100 --patch_size 4                     a real data set on a CPU
-    python train.py --arch vit_base --data DIR                         the paper's recipe (DIR: data/imagenet), one GPU
+    python train.py --arch vit_base --data DIR                         paper's recipe (default: data/imagenet), one GPU
     torchrun --nproc_per_node=8 train.py --arch vit_base --data DIR    the same on 8 GPUs (--nnodes for more)
 
 DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*), or just images. Run the same command again to resume an
-interrupted run. All random numbers depend on --seed; those of a view also on (epoch, image), those of orders and mixing
-on (step, micro-batch, process), so that the number of workers and the place of an interruption change nothing.
+interrupted run. Random numbers depend on --seed and (epoch, image) in augmentations, and on --seed and (step,
+micro-batch, process) in orders, Mixup and drop path: neither the number of workers nor an interruption changes them.
 """
 import argparse
 import contextlib
@@ -42,31 +42,31 @@ resize = functools.partial(v2.functional.resize, interpolation=InterpolationMode
 
 # ---------------------------------------------------------------- flags: the release's recipe for ViT-B ----
 
-FLAGS = {  # of train.py and eval.py. name: (default, what it is, choices); the type is the default's
+FLAGS = {  # of train.py and eval.py. name: (default, help, choices); default also gives the type
     "arch": ("vit_nano", "size of the model; it selects the recipe, which gives the defaults shown here", tuple(ARCHS)),
-    "data": ("data/imagenet", f"shapes, {', '.join(DATASETS)}, or a folder of images (./NAME if it has such a name)"),
+    "data": ("data/imagenet", f"shapes, {', '.join(DATASETS)}, or a folder of images (./NAME for a folder named so)"),
     "data_root": ("data", "where torchvision's data sets are, or are downloaded to"),
-    "output_dir": ("", "folder for the results; empty: named after the run, or next to the checkpoint"),
+    "output_dir": ("", "folder for the results; empty: named after the run, or in eval.py next to the checkpoint"),
     # model
     "img_size": (224, "size of the input in pixels"),
     "patch_size": (16, "size of a patch in pixels"),
     "query_depth": (12, "number of blocks in the query stream"),
-    "target": ("pixel", "what is predicted for each patch", TARGETS),
+    "target": ("pixel", "predict pixels, or features of a teacher (ema: averaged weights)", TARGETS),
     "order": ("semantic", "the order of the patches", ORDERS),
-    "anchor": ("cls", "what the patches are compared with", ANCHORS),
+    "anchor": ("cls", "how patch similarity is measured", ANCHORS),
     "loss": ("l2", "squared or absolute error, for --target pixel", ("l2", "l1")),
     "norm_pix": (True, "normalise each target patch"),
     "blur": (True, "blur the target image"),
     "head": ("mlp", "the prediction head", ("mlp", "linear")),
     "teacher": ("", "file with the weights of the teacher, for --target dino or clip"),
-    "teacher_heads": (0, "attention heads of the teacher; 0: each is 64 wide"),
+    "teacher_heads": (0, "attention heads of the teacher; 0: each is 64 wide (ViT-H: 80)"),
     "teacher_activation": ("quick_gelu", "activation of a CLIP teacher", ("quick_gelu", "gelu")),
     "init_weights": ("", "file with weights to start from; empty: random weights"),
     # optimisation
     "epochs": (800, "passes over the training images"),
     "warmup_epochs": (30.0, "epochs of linear warm-up"),
     "total_batch": (2048, "images per step, over all processes"),
-    "batch_size": (256, "most images that a process computes at once; it accumulates gradients up to total_batch"),
+    "batch_size": (256, "largest micro-batch of a process; gradients are accumulated up to total_batch"),
     "blr": (2e-4, "base learning rate: lr = blr * total_batch / 256"),
     "min_lr": (0.0, "the last learning rate"),
     "weight_decay": (0.05, "weight decay of matrices; biases and norms have none"),
@@ -77,17 +77,17 @@ FLAGS = {  # of train.py and eval.py. name: (default, what it is, choices); the 
     "compile": (False, "use torch.compile"),
     "workers": (0, "loader processes"),
     "save_every_minutes": (10.0, "time between two checkpoints"),
-    "eval_every": (20, "evaluate after this many epochs, and at the end; 0: only at the end"),
-    "knn_images": (60_000, "most images of train and of val for k-NN while training; 0: no evaluation"),
+    "eval_every": (20, "evaluate every N epochs and at the end; 0: only at the end"),
+    "knn_images": (60_000, "use at most N train and N val images for k-NN in training; 0: no evaluation"),
     # only eval.py
     "checkpoint": ("", "any file of ViT weights; empty: random weights"),
-    "heads": (0, "attention heads; 0: each is 64 wide"),
+    "heads": (0, "attention heads; 0: each is 64 wide (ViT-H: 80)"),
     "activation": ("quick_gelu", "activation of a CLIP file", ("quick_gelu", "gelu")),
     "pool": ("cls", "features: [CLS], or the mean of the patch tokens", ("cls", "mean")),
     "smoothing": (0.1, "label smoothing"),
     "layer_decay": (0.65, "factor of the learning rate from one layer to the one below"),
     "drop_path": (0.1, "chance that a sample skips a branch of the last block"),
-    "crop_min": (0.08, "smallest share of the area in a crop"),
+    "crop_min": (0.08, "smallest crop, as share of the image"),
     "randaugment": (9, "magnitude of RandAugment; 0: off", tuple(range(11))),
     "erasing": (0.25, "chance of RandomErasing"),
     "mixup": (0.8, "alpha of Mixup's Beta distribution; 0: off"),
@@ -184,7 +184,7 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
     rho, phi = (u**2 + v**2).sqrt(), torch.atan2(v, u)
     square = torch.maximum(u.abs(), v.abs())
-    inside = torch.stack([  # disc, ring; target, checks; triangle, cross; star, bars; half disc, dots
+    inside = torch.stack([  # disc, ring; bull's-eye, checks; triangle, cross; star, bars; half disc, dots
         rho < 0.95, (rho < 1) & (rho > 0.65),
         (rho < 1) & ((rho * 2.5).floor() % 2 == 0), (square < 0.85) & ((u > 0) == (v > 0)),
         rho * torch.cos(phi % (2 * math.pi / 3) - math.pi / 3) < 0.5,
@@ -203,7 +203,7 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
 def decode(path: str) -> torch.Tensor:
     """Read an image file as upright RGB, uint8 (3, H, W). Raises OSError with the file's name."""
     try:
-        with contextlib.suppress(RuntimeError, AttributeError):  # not a JPEG; a torchvision without this fast decoder
+        with contextlib.suppress(RuntimeError, AttributeError):  # no JPEG, or no decode_jpeg in this torchvision
             image = io.decode_jpeg(io.read_file(path), apply_exif_orientation=True)
             if len(image) == 3:
                 return image
@@ -214,8 +214,8 @@ def decode(path: str) -> torch.Tensor:
 
 
 class Folder(datasets.ImageFolder):
-    """The images of FOLDER/CLASS/*, sorted by path, without hidden files. All images below a folder without class
-    folders, or if not labelled, are of one class, "". Raises ValueError if there are none."""
+    """The images of FOLDER/CLASS/*, sorted by path, without hidden files. Without class folders or with labelled=False,
+    all images below FOLDER have one class, "". Raises ValueError if there are no images."""
 
     def __init__(self, folder, labelled: bool = True):
         self.labelled = labelled
@@ -236,7 +236,7 @@ class Folder(datasets.ImageFolder):
 
 
 def load_data(args) -> tuple[Dataset, Dataset | None]:
-    """Find the images of --data -> (train, val or None): data sets of (image uint8 (3, H, W), label) with `classes`."""
+    """Load --data -> (train, val or None). Both have `classes` and yield (image uint8 (3, H, W), label)."""
     if args.data == "shapes":
         data, val = (TensorDataset(*map(torch.cat, zip(*(draw_shapes(500, seed) for seed in seeds))))
                      for seeds in (range(20), range(20, 24)))
@@ -261,7 +261,7 @@ def load_data(args) -> tuple[Dataset, Dataset | None]:
 
 
 def evenly(data: Dataset, count: int) -> Subset:
-    """Select at most `count` images at equal distances."""
+    """Select at most `count` evenly spaced images."""
     return Subset(data, torch.linspace(0, len(data) - 1, min(len(data), count)).long().tolist())
 
 
@@ -273,15 +273,15 @@ def random_crop(size: int, smallest: float = 0.2, *more) -> v2.Transform:
 
 
 def eval_view(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Make the evaluation view: resize the short side to 256/224 of the size and crop the centre. Squares of at most
-    64 pixels, as in data sets of small images, are resized whole. uint8 (3, H, W) -> uint8 (3, size, size)."""
+    """Make the evaluation view: resize the short side to size * 256/224 and crop the centre. Squares of sides up to
+    64 pixels, as in data sets of small images, are not cropped. uint8 (3, H, W) -> uint8 (3, size, size)."""
     if image.shape[1] == image.shape[2] <= 64:
         return resize(image, [size, size])
     return v2.functional.center_crop(resize(image, [size * 256 // 224]), [size, size])
 
 
 class Views(Dataset):
-    """Views of a data set: (epoch, index) -> (transform(image), label), random by (seed, epoch, index) alone. The next
+    """Views of a data set: (epoch, index) -> (transform(image), label), seeded by (seed, epoch, index). The next
     image replaces an unreadable one, which is named on stderr; `tries` of them in a row raise OSError."""
 
     def __init__(self, data: Dataset, transform, seed: int = 0, tries: int = 10):
@@ -301,8 +301,8 @@ class Views(Dataset):
 
 
 def batch_keys(n: int, batch: int, accum_iter: int, seed: int, start: int, stop: int):
-    """Yield the keys of this process's micro-batches of n images, from step `start` to step `stop`, across epochs. The
-    images of a step depend only on its total batch: process r takes every WORLD-th of them, in accum_iter parts."""
+    """Yield (epoch, index) of the images of this process's micro-batches, from step `start` to stop - 1, of n images in
+    all. The split of a total batch does not change its images: process r takes every WORLD-th, in accum_iter parts."""
     total, shuffled = batch * accum_iter * WORLD, None
     for step in range(start, stop):
         epoch, place = divmod(step, n // total)
@@ -337,7 +337,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def split_batch(total: int, largest: int, processes: int) -> tuple[int, int]:
-    """Split a total batch, rounded down -> (images per micro-batch, at most `largest`; micro-batches per step)."""
+    """Split a total batch, rounded if needed -> (images per micro-batch, at most `largest`; micro-batches per step)."""
     accum_iter = max(1, min(math.ceil(total / (processes * largest)), total // processes))
     return max(1, total // (processes * accum_iter)), accum_iter
 
@@ -365,7 +365,7 @@ FREE = ("output_dir", "data_root", "batch_size", "workers", "compile", "save_eve
 
 
 class Run:
-    """A training run: model, optimiser, step and the files last.pt, from which it resumes, and log.jsonl. train() shows
+    """A training run: model, optimiser, step, log.jsonl, and last.pt, from which it resumes. train() shows
     its use. n_images: size of the training set; ema: a module that is saved too. Raises ValueError or OSError."""
 
     def __init__(self, args, model, optimizer, n_images: int, ema=None):
@@ -375,7 +375,7 @@ class Run:
         self.steps_per_epoch = n_images // self.total_batch
         self.last_step = self.steps_per_epoch * args.epochs
         if not self.last_step:
-            raise ValueError(f"nothing to train: --epochs {args.epochs}, {n_images} images for {WORLD} processes")
+            raise ValueError(f"no steps with --epochs {args.epochs} and {n_images} images in {WORLD} processes")
         self.config = vars(args) | dict(total_batch=self.total_batch, images=n_images)
         self.step, self.loss, self.seconds = 0, 0.0, []  # finished steps, loss of this step, times of the latest steps
         self.signalled, self.stopped = False, False  # this process received a signal; all stop after this step
@@ -449,7 +449,7 @@ class Run:
         self.loss = self.loss + loss.detach() / self.accum_iter
 
     def update(self, lr: float):
-        """Clip the gradients, update the weights, count and log the step, and decide whether to evaluate and to save.
+        """Clip the gradients, update the weights, count the step, log every tenth, decide whether to evaluate and save.
         A parameter group may scale the learning rate lr. Raises ValueError if loss or gradient are not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad or math.inf)
         # One all-reduce and one read from the device per step. All processes must stop at the same step.
@@ -458,7 +458,7 @@ class Run:
             dist.all_reduce(values)
         loss, norm, signalled = (values / WORLD).tolist()
         if not math.isfinite(loss + norm):
-            raise ValueError(f"loss {loss}, gradient norm {norm}, step {self.step}; lower --blr in a new --output_dir")
+            raise ValueError(f"loss {loss} or gradient norm {norm} is not finite; lower --blr in a new --output_dir")
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         self.optimizer.step()
@@ -505,7 +505,7 @@ class Run:
         except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            why = f"{self.last} could not be written ({str(e).splitlines()[0]}); the file before it is kept"
+            why = f"{self.last} could not be written ({str(e).splitlines()[0]}); an older one is kept"
             if self.finished or self.stopped:
                 raise OSError(why) from None
             say(f"{why}, training continues")
@@ -571,7 +571,7 @@ def make_model(args) -> tuple[SemAIM, ViT | None]:
     model = SemAIM(**size, target_dim=teacher.width if teacher else None,
                    **{name: getattr(args, name) for name in names}).to(DEVICE)
     if args.init_weights:
-        load_teacher("dino", args.init_weights, size["heads"])  # refuses CLIP and other kinds of ViT
+        load_teacher("dino", args.init_weights, size["heads"])  # only checks that it is such a ViT
         try:
             missing, unused = model.load_state_dict(load_weights(args.init_weights), strict=False)
         except RuntimeError as e:  # the last line names a tensor and both shapes
@@ -593,7 +593,7 @@ def train(args):
     torch.manual_seed(args.seed)
     model, teacher = make_model(args)
     optimizer, ema = make_optimizer(model, args.weight_decay), teacher if args.target == "ema" else None
-    attention = teacher and args.anchor == "attention"  # which needs its own pass
+    attention = teacher and args.anchor == "attention"  # needs a separate pass
     run = Run(args, model, optimizer, len(data), ema)
     say(f"{args.arch} on {len(data):,} images; {run.last_step:,} steps of {run.total_batch}, {WORLD} x {DEVICE.type}")
     if run.step == 0:
@@ -603,10 +603,10 @@ def train(args):
         epoch = run.epoch
         lr = learning_rate(epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
 
-        # Gradients of the micro-batches add up. DDP averages them over the processes in the last one.
+        # Gradients add up over micro-batches. In the last one, DDP averages them over processes.
         for images, _ in micro_batches:
             with autocast(args.precision):
-                tokens = teacher.tokens(images) if teacher else None  # None: the model decides order and target
+                tokens = teacher.tokens(images) if teacher else None  # None: pixels, ordered by the model
                 order = patch_order(args.order, teacher.attention_map(images)) if attention else None
                 out = run.forward(images, order, teacher_tokens=tokens)
             run.backward(out.loss)
@@ -615,14 +615,14 @@ def train(args):
         if ema:  # the decay rises from 0.999 to 0.9999 over the first 100 epochs
             ema_update(ema, model, 0.999 + 0.0009 * min(epoch / 100, 1))
 
-        # A run that is killed in between repeats the steps and the evaluation since the last save.
+        # A killed run repeats everything since its last save, the evaluation included.
         if run.evaluation_due:
             evaluate(run, data, val)
         if run.save_due:
             run.save()
 
     if run.finished:
-        say(f"done; to draw what it sees: python eval.py show --data {args.data} --checkpoint {run.last}")
+        say(f"done; to draw its order: python eval.py show --data {args.data} --checkpoint {run.last}")
 
 
 # ---------------------------------------------------------------- command line ----
@@ -637,7 +637,7 @@ def peek(argv, *names):
 
 
 def parse_flags(argv, names, defaults: dict, positional: str = "", **options) -> argparse.Namespace:
-    """Read some of the FLAGS, with other defaults. Raises ValueError for wrong flags and numbers."""
+    """Read the named FLAGS, with these defaults. Raises ValueError for wrong flags and numbers."""
     def fail(message: str):
         raise ValueError(message)
 
@@ -688,8 +688,8 @@ def user_errors():
     try:
         yield
     except Exception as e:
-        traceback.clear_frames(e.__traceback__)  # frees the loaders, for whose processes Python would wait at exit
-        message = re.sub(r"^\w+Error: ", "", (str(e) or repr(e)).strip().splitlines()[-1])  # a worker's is a traceback
+        traceback.clear_frames(e.__traceback__)  # frees the loaders; else Python would wait for them at exit
+        message = re.sub(r"^\w+Error: ", "", (str(e) or repr(e)).strip().splitlines()[-1])  # loaders send tracebacks
         if re.search("out of memory|not enough memory|cannot allocate memory", str(e), re.IGNORECASE):
             message = "out of memory; lower --batch_size, for example to half of it"
         elif not isinstance(e, (ValueError, OSError)):
