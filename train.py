@@ -96,7 +96,7 @@ FLAGS = {  # of train.py and eval.py. name: (default, help, choices); default al
 RECIPES = {  # what differs from ViT-B
     "vit_nano": dict(data="shapes", img_size=32, total_batch=128, batch_size=128, epochs=8, warmup_epochs=1.0, blr=4e-3,
                      eval_every=4),
-    "vit_large": dict(batch_size=128), "vit_huge": dict(batch_size=64),
+    "vit_large": dict(batch_size=128), "vit_huge": dict(batch_size=32),
 }
 
 # ---------------------------------------------------------------- processes and devices ----
