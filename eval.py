@@ -7,7 +7,7 @@
     python eval.py show --checkpoint FILE IMAGE...                      draw the similarity and the order
     torchrun --nproc_per_node=8 eval.py finetune ...                    knn, linear or finetune on 8 GPUs
 
-FILE is any file that semaim.load_weights reads (CLIP only for show); without --checkpoint the weights are random, which
+FILE is any file that semaim.load_weights reads (CLIP: only show); without --checkpoint the weights are random, which
 is the baseline. DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the scores. The last
 line printed is one JSON object with, among others, task and top1 in %, or for show the picture's path.
 """
@@ -265,7 +265,7 @@ def order_statistics(encoder: ViT, data: Dataset, anchor: str, args) -> dict[str
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
     grid = math.isqrt(maps.shape[1])
-    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid  # mirror these, not maps: argmax breaks ties
+    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid  # flip these, not maps: argmax takes 1st tie
     mirrored = flipped.argmax(1) == row * grid + grid - 1 - column
     return dict(position_share=round(share.item(), 4), mirrored=round(mirrored.float().mean().item(), 4))
 

@@ -446,7 +446,7 @@ class SemAIM(ViT):
                 teacher_tokens: Optional[Tensor] = None, masked: bool = False) -> Output:
         """Predict every patch of images (N, 3, H, W) and compare with the target -> Output.
 
-        order (N, L): by default from the similarity map of teacher_tokens (N, 1+L, C) if given (not with the anchor
+        order (N, L): by default from the similarity map of teacher_tokens (N, 1+L, C) if given (error if anchor is
         "attention"), else of the model's unmasked pass. target (N, L, C): by default the pixel target or the teacher's
         patch tokens. masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
         similarity, shape = None, (len(images), self.pos_embed.shape[1] - 1)  # (N, L)
@@ -627,7 +627,7 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     heads: number of heads, which the weights do not show; by default each is 64 wide, or 80 in ViT-H (width 1280).
     img_size, or grid (patches per side): by default the file's; the positions are interpolated to any other.
     activation of a CLIP tower: "quick_gelu" (OpenAI) or "gelu" (most of OpenCLIP). options: see ViT. If fc_norm or head
-    is missing, it keeps its initial values. Decoders, other heads are ignored; other mismatches raise ValueError."""
+    is missing, it keeps its initial values. Leftover decoders, heads, norms are ignored; others raise ValueError."""
     source = getattr(weights, "path", "the state dict")
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         if name not in weights:

@@ -44,7 +44,7 @@ resize = functools.partial(v2.functional.resize, interpolation=InterpolationMode
 
 FLAGS = {  # of train.py and eval.py. name: (default, help, choices); default also gives the type
     "arch": ("vit_nano", "size of the model; it selects the recipe, which gives the defaults shown here", tuple(ARCHS)),
-    "data": ("data/imagenet", f"shapes, {', '.join(DATASETS)}, or a folder of images (./NAME for a folder named so)"),
+    "data": ("data/imagenet", f"shapes, {', '.join(DATASETS)}, or a folder of images (./shapes is always a folder)"),
     "data_root": ("data", "where torchvision's data sets are, or are downloaded to"),
     "output_dir": ("", "folder for the results; empty: named after the run, or in eval.py next to the checkpoint"),
     # model
@@ -69,7 +69,7 @@ FLAGS = {  # of train.py and eval.py. name: (default, help, choices); default al
     "batch_size": (256, "largest micro-batch of a process; gradients are accumulated up to total_batch"),
     "blr": (2e-4, "base learning rate: lr = blr * total_batch / 256"),
     "min_lr": (0.0, "the last learning rate"),
-    "weight_decay": (0.05, "weight decay of matrices; biases and norms have none"),
+    "weight_decay": (0.05, "weight decay of matrices, in `linear` also of biases"),
     "clip_grad": (3.0, "largest gradient norm; 0: no clipping"),
     "seed": (0, "seed of weights, data order, views and patch orders"),
     # machine, checkpoints and evaluation
@@ -301,7 +301,7 @@ class Views(Dataset):
 
 
 def batch_keys(n: int, batch: int, accum_iter: int, seed: int, start: int, stop: int):
-    """Yield (epoch, index) of the images of this process's micro-batches, from step `start` to stop - 1, of n images in
+    """Yield a list of (epoch, index) per micro-batch of this process, from step `start` to stop - 1; n images in
     all. The split of a total batch does not change its images: process r takes every WORLD-th, in accum_iter parts."""
     total, shuffled = batch * accum_iter * WORLD, None
     for step in range(start, stop):
@@ -537,8 +537,8 @@ def features(model: ViT, data: Dataset, args, tries: int = 1) -> tuple[torch.Ten
 
 
 def knn(model: ViT, data: Dataset, val: Dataset, args, k: int = 20, temperature: float = 0.07) -> dict[str, float]:
-    """Classify val by weighted k-NN: top-1 in %, by [CLS] and by the mean of the patch tokens. Each of the k images of
-    data that are most similar by cosine votes exp(similarity / temperature)."""
+    """Classify val by weighted k-NN: top-1 in %, by [CLS] and by the mean of the patch tokens. The k images of
+    data most similar by cosine vote with the weight exp(similarity / temperature)."""
     (bank, labels), (queries, truth) = features(model, data, args, tries=10), features(model, val, args)
     scores = {}
     for i, name in enumerate(("knn_cls", "knn_mean")):
