@@ -11,6 +11,7 @@ FILE is any file that semaim.load_weights reads (CLIP: only show); without --che
 is the baseline. DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*). val is used only for the scores. The last
 line printed is one JSON object with, among others, task and top1 in %, or for show the picture's path.
 """
+import contextlib
 import json
 import math
 import sys
@@ -26,10 +27,25 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 import train
-from semaim import (ANCHORS, ARCHS, SemAIM, ViT, Weights, encoder_weights, load_weights, patch_order, pixel_target,
-                    unpatchify, vit_like)
-from train import DEVICE, MEAN, RANK, WORLD, Run, Views, autocast, eval_batches, gather, learning_rate, load_data, say
+from semaim import (ANCHORS, ARCHS, SemAIM, UserError, ViT, Weights, encoder_weights, load_weights, patch_order,
+                    pixel_target, unpatchify, vit_like)
+from train import (DEVICE, MEAN, RANK, WORLD, Run, Views, autocast, eval_batches, gather_tensors, learning_rate,
+                   load_data, say)
 
+FLAGS = train.FLAGS | {  # name: (default, help, choices), as in train.py
+    "checkpoint": ("", "any file of ViT weights; empty: random weights"),
+    "heads": (0, "attention heads; 0: each is 64 wide (ViT-H: 80)"),
+    "activation": ("quick_gelu", "activation of a CLIP file", ("quick_gelu", "gelu")),
+    "pool": ("cls", "features: [CLS], or the mean of the patch tokens", ("cls", "mean")),
+    "smoothing": (0.1, "label smoothing"),
+    "layer_decay": (0.65, "factor of the learning rate from one layer to the one below"),
+    "drop_path": (0.1, "chance that a sample skips a branch of the last block"),
+    "crop_min": (0.08, "smallest crop, as share of the image"),
+    "randaugment": (9, "magnitude of RandAugment; 0: off", tuple(range(11))),
+    "erasing": (0.25, "chance of RandomErasing"),
+    "mixup": (0.8, "alpha of Mixup's Beta distribution; 0: off"),
+    "cutmix": (1.0, "alpha of CutMix's Beta distribution; 0: off"),
+}
 # The flags of each task, and the release's recipes for ViT-B on ImageNet where they differ from pre-training.
 COMMON = ("checkpoint", "heads", "data", "data_root", "img_size", "batch_size", "workers", "precision", "seed")
 TRAINING = ("pool", "epochs", "warmup_epochs", "total_batch", "blr", "min_lr", "weight_decay", "clip_grad", "smoothing",
@@ -78,8 +94,10 @@ def own_pool(weights) -> str:
 
 def make_classifier(args, weights, classes: int) -> ViT:
     """Build the model of `linear` or `finetune`: images (N, 3, H, W) -> logits (N, classes). `linear` trains only the
-    head: a BatchNorm without affine parameters, which standardises the features after the final norm, and a linear
-    layer."""
+    head: a BatchNorm without affine parameters, for the features after the final norm, and a linear layer."""
+    if args.task == "linear" and own_pool(weights) == "mean":
+        raise UserError(f"--checkpoint {args.checkpoint} is a classifier of the mean of the patches: it has no final "
+                        "norm, whose output `linear` classifies; use knn or finetune")
     weights = encoder_weights(weights)  # without a classifier's head
     if args.task == "linear":
         model = make_encoder(args, weights).requires_grad_(False)
@@ -135,7 +153,7 @@ def classify(model: ViT, val: Dataset, args) -> dict[str, float]:
             logits = model(images)
         hits.append(logits.topk(min(5, logits.shape[1])).indices == labels[:, None])
     model.train()
-    hits = gather(torch.cat(hits)).double()
+    hits = gather_tensors(torch.cat(hits)).cpu().double()  # MPS has no float64
     return dict(top1=round(100 * hits[:, 0].mean().item(), 3), top5=round(100 * hits.sum(1).mean().item(), 3))
 
 
@@ -152,38 +170,54 @@ def score_classifier(args, weights, val: Dataset):
     """Score the classifier that --checkpoint holds, with its own pooling, without training."""
     classes = len(weights.get("head.weight", ()))
     if classes != len(val.classes):
-        raise ValueError(f"--epochs 0 scores a classifier, but --checkpoint {args.checkpoint} has "
-                         f"{classes or 'no'} classes, and --data has {len(val.classes)}")
+        raise UserError(f"--epochs 0 scores a classifier, but --checkpoint {args.checkpoint} has "
+                        f"{classes or 'no'} classes, and --data has {len(val.classes)}")
     model = make_encoder(args, weights, num_classes=classes, pool=own_pool(weights)).to(DEVICE)
     report(args, **classify(model, val, args))
 
 
 def train_classifier(args, weights, data: Dataset, val: Dataset):
-    """Train the classifier of `linear` or `finetune` and score it."""
+    """Train the classifier of `linear` or `finetune` and score it. This is the training loop."""
     model = make_classifier(args, weights, len(data.classes)).to(DEVICE)
-    if args.compile:
-        model.compile()
-    mixes = []
     if args.task == "linear":
         optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+        mixes = []
     else:
         groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-        mixes = [kind(alpha=alpha, num_classes=len(data.classes))
-                 for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+        mixes = [mix(alpha=alpha, num_classes=len(data.classes))
+                 for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
-    run = Run(args, model, optimizer, len(data))
+    if args.compile:
+        train.compile_blocks(model)
+    run = Run(args, dict(checkpoint=weights), model, optimizer, Views(data, training_view(args), args.seed))
     say(f"{run.last_step:,} steps of {run.total_batch}")
+    ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
+    peak_lr = args.blr * run.total_batch / 256
 
     scores = None
-    for micro_batches in run.steps(Views(data, training_view(args), args.seed)):
-        lr = learning_rate(run.epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
-        for images, labels in micro_batches:
-            images, labels = mix(images, labels)
-            with autocast(args.precision):
-                loss = F.cross_entropy(run.forward(images), labels, label_smoothing=args.smoothing)
-            run.backward(loss)
-        run.update(lr)
+    for step in run.steps():
+        # Forward and backward, as in train.py.
+        loss = 0.0
+        for micro in range(run.accum_iter):
+            images, labels = mix(*run.next_batch(micro))
+            no_sync = WORLD > 1 and micro < run.accum_iter - 1
+            with ddp.no_sync() if no_sync else contextlib.nullcontext():
+                with autocast(args.precision):
+                    batch_loss = F.cross_entropy(ddp(images), labels, label_smoothing=args.smoothing)
+                (batch_loss / run.accum_iter).backward()
+            loss = loss + batch_loss.detach() / run.accum_iter
+
+        # Update the weights. Lower layers learn at a lower rate.
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+        lr = learning_rate(run.epoch, peak_lr, args.warmup_epochs, args.epochs, args.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # Count the step, evaluate, save.
+        run.end_step(loss, grad_norm, lr)
         if run.evaluation_due:
             scores = classify(model, val, args)
             say(f"epoch {run.epoch:g}: top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %")
@@ -212,19 +246,32 @@ def draw(path: Path, rows: dict[str, torch.Tensor], cell: int = 112):
     canvas = Image.new("RGB", (label + pitch * len(next(iter(rows.values()))), 6 + pitch * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
     for r, (name, row) in enumerate(rows.items()):
-        pen.text((10, 6 + r * pitch + cell // 2), name, "black", font, "lm")
+        top = 6 + r * pitch
+        pen.text((10, top + cell // 2), name, "black", font, "lm")
         for c, picture in enumerate(row.cpu()):
-            left, top = label + c * pitch, 6 + r * pitch
-            rank = picture.argsort() if picture.dtype == torch.long else None
-            tile = (v2.functional.to_pil_image(picture.clamp(0, 1)) if picture.ndim == 3 else
-                    heat(picture.float() if rank is None else -rank.float()))
-            patch = cell / tile.width
+            left = label + c * pitch
+            if picture.ndim == 3:
+                tile = v2.functional.to_pil_image(picture.clamp(0, 1))
+            elif picture.dtype == torch.long:
+                tile = heat(-picture.argsort().float())  # the first steps are bright
+            else:
+                tile = heat(picture.float())
             canvas.paste(tile.resize((cell, cell), Image.Resampling.NEAREST), (left, top))
-            for i, step in enumerate(rank.tolist() if rank is not None and patch >= 14 else ()):
-                y, x = divmod(i, tile.width)
-                pen.text((left + (x + 0.5) * patch, top + (y + 0.5) * patch), str(step + 1),
-                         "black" if step < len(rank) / 2 else "white", ImageFont.load_default(patch / 2.2), "mm")
+            if picture.dtype == torch.long:
+                write_steps(pen, picture, left, top, cell)
     canvas.save(path)
+
+
+def write_steps(pen: ImageDraw.ImageDraw, order: torch.Tensor, left: int, top: int, cell: int):
+    """Write the steps of an order (L,), from 1, on its patches, if they are large enough."""
+    grid = math.isqrt(len(order))
+    patch = cell / grid
+    if patch < 14:
+        return
+    for step, i in enumerate(order.tolist()):
+        centre = left + (i % grid + 0.5) * patch, top + (i // grid + 0.5) * patch
+        colour = "black" if step < len(order) / 2 else "white"
+        pen.text(centre, str(step + 1), colour, ImageFont.load_default(patch / 2.2), "mm")
 
 
 def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
@@ -252,22 +299,17 @@ def decoder_rows(model: SemAIM, images: torch.Tensor, prediction: torch.Tensor) 
 
 
 @torch.no_grad()
-def order_statistics(encoder: ViT, data: Dataset, anchor: str, args) -> dict[str, float]:
-    """Measure on at most 2,000 images whether the order follows the content.
-    position_share: the average map's share of the variance of the similarity maps, after subtracting the mean of each
-    map. It is 1 if all images have the same map. mirrored: the share of images whose most similar patch moves to the
-    mirrored place when the image is flipped."""
-    pairs = []
+def position_share(encoder: ViT, data: Dataset, anchor: str, args) -> float:
+    """Measure how much of the similarity maps depends on the position alone, on at most 2,000 images: the average map's
+    share of the variance of the maps, after subtracting the mean of each map. It is 1 if all images have one map."""
+    maps = []
     for images, _ in eval_batches(train.evenly(data, 2000), args):
         with autocast(args.precision):
-            pairs.append(torch.stack([encoder.similarity(x, anchor) for x in (images, images.flip(-1))], dim=1))
-    maps, flipped = gather(torch.cat(pairs)).float().unbind(1)
+            maps.append(encoder.similarity(images, anchor))
+    maps = gather_tensors(torch.cat(maps)).float()
     centred = maps - maps.mean(1, keepdim=True)
     share = centred.mean(0).square().mean() / centred.square().mean().clamp(min=1e-20)
-    grid = math.isqrt(maps.shape[1])
-    row, column = maps.argmax(1) // grid, maps.argmax(1) % grid  # flip these, not maps: argmax takes 1st tie
-    mirrored = flipped.argmax(1) == row * grid + grid - 1 - column
-    return dict(position_share=round(share.item(), 4), mirrored=round(mirrored.float().mean().item(), 4))
+    return round(share.item(), 4)
 
 
 @torch.no_grad()
@@ -278,15 +320,14 @@ def loss_by_place(model: SemAIM, data: Dataset, args) -> list[float]:
         with autocast(args.precision):
             out = model(images)
         losses.append(out.loss_map.gather(1, out.order))
-    values = gather(torch.cat(losses))
+    values = gather_tensors(torch.cat(losses))
     return [round(part.mean().item(), 4) for part in values.tensor_split(min(8, values.shape[1]), dim=1)]
 
 
 @torch.no_grad()
 def show(args, weights):
     """Draw the similarity by each anchor, the order and, given a pixel decoder, the target and prediction. Without
-    IMAGE, draw images of --data and report how much the order depends on the content and, with a decoder, the loss by
-    place in the order."""
+    IMAGE, draw images of --data and report position_share and, with a decoder, loss_by_place."""
     if args.images:
         pictures = [train.decode(path) for path in args.images]
     else:
@@ -303,7 +344,7 @@ def show(args, weights):
     kind = weights.config.get("order", "semantic")
     order = patch_order(kind, maps[args.anchor])
     rows = {"image": pictures / 255} | rows | {f"order\n({kind},\nby {args.anchor},\nbright: early)": order}
-    statistics = {} if args.images else order_statistics(vit, data, args.anchor, args)
+    statistics = {} if args.images else dict(position_share=position_share(vit, data, args.anchor, args))
     decoder = make_decoder(args, weights, vit)
     if decoder:
         decoder.to(DEVICE).anchor = args.anchor
@@ -319,32 +360,41 @@ def show(args, weights):
 # ---------------------------------------------------------------- command line ----
 
 
+def describe(weights, task: str, heads: str | None) -> tuple[str, dict]:
+    """Return the arch of a file of weights, or "vit", and the defaults that the file decides."""
+    if "proj.weight" in weights and task != "show":
+        raise UserError(f"{weights.path} is a CLIP tower; use it as a teacher in train.py, or with show")
+    heads = int(heads) if (heads or "").isdigit() else weights.config.get("heads", 0)
+    vit = vit_like(weights, heads, pool=own_pool(weights))
+    known = {(arch["dim"], arch["depth"]): name for name, arch in ARCHS.items()}
+    arch = known.get((vit.cls_token.shape[-1], len(vit.blocks)), "vit")
+    return arch, dict(img_size=vit.img_size, patch_size=vit.patch_size, heads=heads,
+                      anchor=weights.config.get("anchor", "cls"))
+
+
 def parse_args(argv=None):
     """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights)."""
     task, *argv = (sys.argv[1:] if argv is None else argv) or [None]
     if task not in TASKS:
-        raise ValueError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
+        raise UserError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
     names, recipe = TASKS[task]
     known = train.peek(argv, "checkpoint", "heads", "arch", "data")
-    weights = load_weights(known.checkpoint) if known.checkpoint else Weights()  # empty: random
-    arch, size = known.arch or "vit_nano", {}
-    if weights:
-        if "proj.weight" in weights and task != "show":
-            raise ValueError(f"{known.checkpoint} is a CLIP tower; use it as a teacher in train.py, or with show")
-        heads = int(known.heads) if (known.heads or "").isdigit() else weights.config.get("heads", 0)
-        vit = vit_like(weights, heads, pool=own_pool(weights))
-        found = vit.cls_token.shape[-1], len(vit.blocks)
-        arch = next((name for name, a in ARCHS.items() if (a["dim"], a["depth"]) == found), "vit")
-        size = dict(img_size=vit.img_size, heads=heads, anchor=weights.config.get("anchor", "cls"))
+    if known.checkpoint:
+        weights = load_weights(known.checkpoint)
+        arch, decided = describe(weights, task, known.heads)
+        folder = Path(known.checkpoint).parent
     else:
+        weights, arch, decided = Weights(), known.arch or "vit_nano", {}
         names += "arch", "patch_size"
-    defaults = train.defaults_of(arch, known.data) | size | recipe | (NANO.get(task, {}) if arch == "vit_nano" else {})
-    args = train.parse_flags(argv, names, defaults, "images" if task == "show" else "", prog=f"eval.py {task}")
-    args.task, args.arch, args.patch_size = task, arch, vit.patch_size if weights else args.patch_size
+        folder = Path("output") / f"{arch}-random"
+    nano = NANO.get(task, {}) if arch == "vit_nano" else {}
+    defaults = train.defaults_of(arch, known.data, FLAGS) | decided | recipe | nano
+    args = train.parse_flags(argv, {name: FLAGS[name] for name in names}, defaults,
+                             "images" if task == "show" else "", prog=f"eval.py {task}")
+    args.task, args.arch, args.patch_size = task, arch, vars(args).get("patch_size", defaults["patch_size"])
     if not vars(args).get("output_dir"):
-        folder = Path(args.checkpoint).parent if args.checkpoint else Path("output") / f"{arch}-random"
-        name = "" if vars(args).get("images") else f"-{Path(args.data).resolve().name}"
-        args.output_dir = str(folder / (task + name))
+        first = task if vars(args).get("images") else f"{task}-{Path(args.data).resolve().name}"
+        args.output_dir = str(folder / train.run_name(args, first, defaults, dict(checkpoint=weights)))
     return args, weights
 
 
@@ -358,11 +408,12 @@ def evaluate(args, weights):
         return show(args, weights)
     data, val = load_data(args)
     if val is None or len(data.classes) < 2:
-        raise ValueError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
+        raise UserError(f"--data {args.data} needs class folders, train/CLASS/* and val/CLASS/* (or test/CLASS/*)")
     say(f"{args.task} of {args.arch}: {len(data):,} train and {len(val):,} val images of {args.data}")
     if args.task == "knn":
-        scores = train.knn(make_encoder(args, weights).to(DEVICE), data, val, args)
-        report(args, top1=scores["knn_cls"], **scores)
+        pool = own_pool(weights)
+        scores = train.knn(make_encoder(args, weights, pool=pool).to(DEVICE), data, val, args)
+        report(args, top1=scores[f"knn_{pool}"], **scores)
     elif args.task == "finetune" and args.epochs == 0:
         score_classifier(args, weights, val)
     else:

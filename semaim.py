@@ -13,6 +13,7 @@ This file needs only torch and einops, and safetensors for .safetensors files. I
 Shapes: N images, L = grid * grid patches, D width, C channels; token 0 is [CLS].
 """
 import argparse
+import hashlib
 import math
 import re
 from typing import NamedTuple, Optional
@@ -35,9 +36,13 @@ ANCHORS = ("cls", "gap", "attention")
 TARGETS = ("pixel", "dino", "clip", "ema")
 
 
+class UserError(ValueError):
+    """A mistake that the caller can correct; the message is one line. train.py and eval.py print it and end."""
+
+
 def _check(name: str, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
+        raise UserError(f"{name} {value!r} is unknown: choose from {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------- patches and positions (paper: Preliminary) ----
@@ -59,8 +64,8 @@ def sincos_pos_embed(dim: int, grid: int) -> Tensor:
     of a patch's channels encodes its column, the second half its row."""
     frequency = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    line = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim/2), the same for rows and columns
-    column, row = repeat(line, "w d -> (h w) d", h=grid), repeat(line, "h d -> (h w) d", w=grid)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, dim/2), the same for rows and columns
+    column, row = repeat(axis, "w d -> (h w) d", h=grid), repeat(axis, "h d -> (h w) d", w=grid)
     patches = torch.cat([column, row], dim=1)
     return torch.cat([torch.zeros(1, dim), patches.float()])[None]
 
@@ -140,15 +145,15 @@ class ViT(nn.Module):
     """Vision transformer: images (N, 3, H, W) -> pooled features (N, D), or logits if num_classes is not 0.
 
     Images of another size are resized to img_size. pool: "cls" takes CLS after `norm`; "mean" averages the patch tokens
-    and applies `fc_norm` in place of `norm`. Raises ValueError for sizes that do not fit each other."""
+    and applies `fc_norm` in place of `norm`. Raises UserError for sizes that do not fit each other."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, num_classes=0, pool="cls",
                  drop_path=0.0):
         super().__init__()
         if img_size % patch_size:
-            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+            raise UserError(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
         if dim % 4 or dim % heads:
-            raise ValueError(f"dim {dim} must be a multiple of 4 and of heads {heads}")
+            raise UserError(f"dim {dim} must be a multiple of 4 and of heads {heads}")
         _check("pool", pool, ("cls", "mean"))
         self.img_size, self.patch_size, self.pool, self.width = img_size, patch_size, pool, dim
         # The same linear map for all patches, stored as a convolution under timm's name, patch_embed.proj.
@@ -224,13 +229,12 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
 
 def grid_positions(similarity: Tensor) -> Tensor:
     """Return the (row, column) of each patch of a square grid, (L, 2)."""
-    line = torch.arange(math.isqrt(similarity.shape[1]), device=similarity.device)
-    return torch.cartesian_prod(line, line)
+    axis = torch.arange(math.isqrt(similarity.shape[1]), device=similarity.device)
+    return torch.cartesian_prod(axis, axis)
 
 
-def ascending(score: Tensor) -> Tensor:
-    """Sort the patches by score (N, L), whole numbers, lowest first -> order (N, L); ties are in random order."""
-    # The scores are whole numbers, so noise below 1/2 changes only the order of ties.
+def sort_by(score: Tensor) -> Tensor:
+    """Sort the patches by score (N, L), whole numbers, lowest first -> order (N, L); noise below 1/2 mixes ties."""
     return (score + 0.5 * torch.rand(score.shape, device=score.device)).argsort(dim=1)
 
 
@@ -238,7 +242,7 @@ def semantic_order(similarity: Tensor) -> Tensor:
     """Order patches by their distance on the grid from the most similar patch. This is the paper's order."""
     position = grid_positions(similarity)
     centre = position[similarity.argmax(dim=1)]  # (N, 2)
-    return ascending((position - centre[:, None]).square().sum(-1))  # squared distances are whole numbers
+    return sort_by((position - centre[:, None]).square().sum(-1))  # squared distances are whole numbers
 
 
 def similarity_order(similarity: Tensor) -> Tensor:
@@ -248,7 +252,7 @@ def similarity_order(similarity: Tensor) -> Tensor:
 
 def stochastic_order(similarity: Tensor) -> Tensor:
     """Order patches at random (SAIM)."""
-    return ascending(torch.zeros_like(similarity))
+    return sort_by(torch.zeros_like(similarity))
 
 
 def raster_order(similarity: Tensor) -> Tensor:
@@ -260,12 +264,17 @@ def center_order(similarity: Tensor) -> Tensor:
     """Order patches in square rings from the centre of the image outwards."""
     position = grid_positions(similarity)
     ring = (2 * position - position[-1]).abs().amax(-1)
-    return ascending(ring.expand(len(similarity), -1))
+    return sort_by(ring.expand(len(similarity), -1))
+
+
+def random_start_order(similarity: Tensor) -> Tensor:
+    """Order patches as semantic_order does, but from a random patch: a control for the role of the similarity."""
+    return semantic_order(torch.rand_like(similarity))
 
 
 ORDERS = {"semantic": semantic_order, "similarity": similarity_order, "stochastic": stochastic_order,
-          "raster": raster_order, "center": center_order}
-CONTENT_FREE = ("stochastic", "raster", "center")  # need only the shape of the similarity, not its values
+          "raster": raster_order, "center": center_order, "random_start": random_start_order}
+CONTENT_FREE = ("stochastic", "raster", "center", "random_start")  # need only the shape of the similarity
 
 
 def patch_order(kind, similarity: Tensor) -> Tensor:
@@ -278,7 +287,7 @@ def patch_order(kind, similarity: Tensor) -> Tensor:
         kind = ORDERS[kind]
     order = kind(similarity)
     if order.shape != similarity.shape or order.dtype != torch.long:
-        raise ValueError(f"order {getattr(kind, '__name__', kind)} must return torch.int64 {tuple(similarity.shape)}, "
+        raise UserError(f"order {getattr(kind, '__name__', kind)} must return torch.int64 {tuple(similarity.shape)}, "
                          f"but it returns {order.dtype} {tuple(order.shape)}")
     return order
 
@@ -339,10 +348,10 @@ class QueryBlock(nn.Module):
 def gaussian_blur(images: Tensor, kernel_size: int = 9, sigma: float = 1.0) -> Tensor:
     """Blur each channel of images (N, C, H, W) with a Gaussian and zero padding -> (N, C, H, W)."""
     x = torch.arange(kernel_size, device=images.device, dtype=images.dtype) - kernel_size // 2
-    line = torch.exp(-(x**2) / (2 * sigma**2))
-    line = (line / line.sum()).expand(images.shape[1], 1, 1, -1)
-    rows = F.conv2d(images, line, padding=(0, kernel_size // 2), groups=images.shape[1])
-    return F.conv2d(rows, line.mT, padding=(kernel_size // 2, 0), groups=images.shape[1])
+    kernel = torch.exp(-(x**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, 1, -1)
+    rows = F.conv2d(images, kernel, padding=(0, kernel_size // 2), groups=images.shape[1])
+    return F.conv2d(rows, kernel.mT, padding=(kernel_size // 2, 0), groups=images.shape[1])
 
 
 @torch.no_grad()
@@ -385,17 +394,15 @@ class SemAIM(ViT):
     query_depth: number of query blocks; one follows every depth / query_depth encoder blocks. order: a name in ORDERS
     or a function. target: "pixel", or "dino", "clip" or "ema" for the features of a teacher; these three all use
     feature_loss, and forward needs teacher_tokens or target, of width target_dim (default: dim). head: the prediction
-    head, "mlp" or "linear". Raises ValueError for an unknown name, or a query_depth that does not divide depth."""
+    head, "mlp" or "linear". Raises UserError for an unknown name, or a query_depth that does not divide depth."""
 
     def __init__(self, img_size=224, patch_size=16, dim=768, depth=12, heads=12, query_depth=12, target="pixel",
                  target_dim=None, order="semantic", anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp"):
         _check("target", target, TARGETS)
         _check("anchor", anchor, ANCHORS)
         _check("head", head, ("mlp", "linear"))
-        if not callable(order):
-            _check("order", order, ORDERS)
         if not query_depth or depth % query_depth:
-            raise ValueError(f"query_depth {query_depth} does not divide depth {depth}")
+            raise UserError(f"query_depth {query_depth} does not divide depth {depth}")
         super().__init__(img_size, patch_size, dim, depth, heads)
         self.target, self.order, self.anchor, self.loss = target, order, anchor, loss
         self.norm_pix, self.blur = norm_pix, blur
@@ -435,37 +442,44 @@ class SemAIM(ViT):
 
     def _streams(self, content: Tensor, query: Tensor, content_mask, query_mask) -> Tensor:
         """Run both streams, with masks as in attend: content (N, K, D), query (N, L, D) -> query (N, L, D)."""
-        every = len(self.blocks) // len(self.query_blocks)
+        stride = len(self.blocks) // len(self.query_blocks)
         for i, block in enumerate(self.blocks):
             content = block(content, content_mask)
-            if (i + 1) % every == 0:
-                query = self.query_blocks[i // every](query, content, query_mask)
+            if (i + 1) % stride == 0:
+                query = self.query_blocks[i // stride](query, content, query_mask)
         return query
+
+    def decide_order(self, images: Tensor, teacher_tokens: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
+        """Decide the order (N, L), by the similarity map (N, L) of the teacher, or of the model; some need no map."""
+        if self.order in CONTENT_FREE:
+            return patch_order(self.order, images.new_zeros(len(images), self.pos_embed.shape[1] - 1)), None
+        similarity = self.similarity(images) if teacher_tokens is None else similarity_map(teacher_tokens, self.anchor)
+        return patch_order(self.order, similarity), similarity
+
+    def decide_target(self, images: Tensor, teacher_tokens: Optional[Tensor]) -> Tensor:
+        """Compute the target of every patch: pixels, or the teacher's features (N, L, C)."""
+        if self.target == "pixel":
+            return pixel_target(images, self.patch_size, self.blur, self.norm_pix)
+        if teacher_tokens is None:
+            raise UserError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens or target")
+        return teacher_tokens[:, 1:]
 
     def forward(self, images: Tensor, order: Optional[Tensor] = None, target: Optional[Tensor] = None,
                 teacher_tokens: Optional[Tensor] = None, masked: bool = False) -> Output:
         """Predict every patch of images (N, 3, H, W) and compare with the target -> Output.
 
-        order (N, L): by default from the similarity map of teacher_tokens (N, 1+L, C) if given (error if anchor is
-        "attention"), else of the model's unmasked pass. target (N, L, C): by default the pixel target or the teacher's
-        patch tokens. masked: use predict_masked. Raises ValueError if something is missing or a shape does not fit."""
+        order (N, L), target (N, L, C): by default from decide_order and decide_target. teacher_tokens: (N, 1+L, C).
+        masked: use predict_masked. Raises UserError if something is missing or a shape does not fit."""
         similarity, shape = None, (len(images), self.pos_embed.shape[1] - 1)  # (N, L)
-        if order is None and self.order not in CONTENT_FREE:
-            similarity = (self.similarity(images) if teacher_tokens is None
-                          else similarity_map(teacher_tokens, self.anchor))
         if order is None:
-            order = patch_order(self.order, images.new_zeros(shape) if similarity is None else similarity)
+            order, similarity = self.decide_order(images, teacher_tokens)
         if order.shape != shape:
-            raise ValueError(f"the order has the shape {tuple(order.shape)}, but (images, patches) are {shape}")
-        if target is None and self.target == "pixel":
-            target = pixel_target(images, self.patch_size, self.blur, self.norm_pix)
-        elif target is None and teacher_tokens is not None:
-            target = teacher_tokens[:, 1:]
-        elif target is None:
-            raise ValueError(f"target {self.target!r} needs the teacher's features: pass teacher_tokens or target")
+            raise UserError(f"the order has the shape {tuple(order.shape)}, but (images, patches) are {shape}")
+        if target is None:
+            target = self.decide_target(images, teacher_tokens)
         prediction = (self.predict_masked if masked else self.predict)(images, order)
         if target.shape != prediction.shape:
-            raise ValueError(f"shape of target {tuple(target.shape)}, but of prediction {tuple(prediction.shape)}")
+            raise UserError(f"shape of target {tuple(target.shape)}, but of prediction {tuple(prediction.shape)}")
         loss_map = (pixel_loss(prediction, target, self.loss) if self.target == "pixel"
                     else feature_loss(prediction, target))
         return Output(loss_map.mean(), loss_map, order, similarity, prediction)
@@ -507,12 +521,12 @@ def load_teacher(kind: str, path, heads: Optional[int] = None, grid: Optional[in
                  activation: str = "quick_gelu") -> ViT:
     """Load a frozen teacher, a ViT or CLIPTower, from a weight file. Its tokens(images) are the targets.
 
-    kind: "clip", or "dino" for any other ViT. grid: number of patches per side (default: the file's); images are
-    resized to match. heads, activation: see vit_like. Raises ValueError or OSError."""
+    kind: "clip", or "dino" for any other ViT. path: the file, or its Weights. grid: number of patches per side
+    (default: the file's); images are resized to match. heads, activation: see vit_like. Raises UserError or OSError."""
     _check("teacher", kind, ("dino", "clip"))
-    weights = load_weights(path)
+    weights = path if isinstance(path, Weights) else load_weights(path)
     if (kind == "clip") != ("proj.weight" in weights):
-        raise ValueError(f"{path} {'is not' if kind == 'clip' else 'is'} a CLIP tower")
+        raise UserError(f"{weights.path} does not fit: the target clip needs a CLIP tower, dino any other ViT")
     return vit_like(weights, heads, grid=grid, activation=activation).eval().requires_grad_(False)
 
 
@@ -528,8 +542,8 @@ def ema_update(teacher: ViT, model: ViT, decay: float):
 
 
 class Weights(dict):
-    """State dict, name -> fp32 tensor. path: its file. config: the settings in a checkpoint of Run, else {}."""
-    path, config = "the state dict", {}
+    """State dict, name -> fp32 tensor, with the path and SHA-256 of its file, and the settings of a run's last.pt."""
+    path, digest, config = "the state dict", "", {}
 
 
 CLIP_NAMES = (  # OpenAI's names, without `visual.` -> ours
@@ -541,24 +555,27 @@ STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard
               (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-def _read_file(path):
-    """Read a file of torch.save or safetensors. No code in it is run. Raises ValueError or OSError."""
+def _read_file(path) -> tuple[dict, str]:
+    """Read a file of torch.save or safetensors -> (dict, SHA-256). No code is run. Raises UserError or OSError."""
     try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO and MAE store their arguments
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):  # in DINO's, MAE's files
+            digest = hashlib.sha256(file.read()).hexdigest()[:16]
+            file.seek(0)  # still the same file if another program replaces it now
+            if str(path).endswith(".safetensors"):
+                from safetensors.torch import load
+                return load(file.read()), digest
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            return content if isinstance(content, dict) else {}, digest
     except OSError:
         raise
     except ImportError:
-        raise ValueError(f"{path} needs another package: pip install safetensors") from None
+        raise UserError(f"{path} needs another package: pip install safetensors") from None
     except Exception as e:  # corrupt files raise many types
         why = "is corrupt, is not a file of weights, or asks to run code"
         if "TorchScript" in str(e):
             why = ("is a TorchScript archive, which could run code. If you trust it, convert it: python -c "
                    "\"import torch; torch.save(torch.jit.load('OLD', 'cpu').state_dict(), 'NEW')\"")
-        raise ValueError(f"{path} {why}") from None
+        raise UserError(f"{path} {why}") from None
 
 
 def _from_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -576,15 +593,16 @@ def _from_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(path) -> Weights:
-    """Load a file of weights -> state dict with our names, in fp32. Raises ValueError or OSError, in one line.
+    """Load a file of weights -> state dict with our names, in fp32. Raises UserError or OSError, in one line.
 
     Known files: checkpoints of this project and of the authors' release, MAE, DINO, DINOv2, timm, OpenAI's CLIP (as a
     state dict) and OpenCLIP, saved by torch or as .safetensors. No code in a file is run."""
-    file = _read_file(path)
-    file = file if isinstance(file, dict) else {}
-    part = next((key for key in ("teacher", "model", "state_dict") if isinstance(file.get(key), dict)), None)
-    weights = {re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name)): w.float()
-               for name, w in (file[part] if part else file).items() if torch.is_tensor(w) and w.is_floating_point()}
+    content, digest = _read_file(path)
+    parts = [content[key] for key in ("teacher", "model", "state_dict") if isinstance(content.get(key), dict)]
+    weights = {}
+    for name, value in (parts or [content])[0].items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            weights[re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name))] = value.float()
     image_tower = {name[len("visual."):]: w for name, w in weights.items() if name.startswith("visual.")}
     weights = image_tower or weights  # CLIP may come with its text tower
     if {"class_embedding", "positional_embedding", "conv1.weight", "proj"} <= weights.keys():
@@ -595,8 +613,8 @@ def load_weights(path) -> Weights:
             gamma = weights.pop(name)  # LayerScale: gamma * (weight @ x + bias) = (gamma * weight) @ x + gamma * bias
             weights[f"{layer}.weight"] = gamma[:, None] * weights[f"{layer}.weight"]
             weights[f"{layer}.bias"] = gamma * weights[f"{layer}.bias"]
-    weights, config = Weights(weights), file.get("config")
-    weights.path, weights.config = str(path), config if isinstance(config, dict) else {}
+    weights, config = Weights(weights), content.get("config")
+    weights.path, weights.digest, weights.config = str(path), digest, config if isinstance(config, dict) else {}
     return weights
 
 
@@ -616,8 +634,9 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
     return torch.cat([pos_embed[:, :1], rearrange(patches, "n d h w -> n (h w) d")], dim=1)
 
 
-LEFT_OUT = re.compile(r"(query_blocks|\w*head\w*|decoder\w*|mask(ed)?_\w+|norm|fc_norm)(\.|$)")
-UNSUPPORTED = {"reg": "register tokens", "norm_pre": "norm_pre (timm's CLIP layout)", "mlp.w12": "SwiGLU MLPs"}
+NOT_ENCODER = re.compile(r"(query_blocks|\w*head\w*|decoder\w*|mask(ed)?_\w+|norm|fc_norm)(\.|$)")
+UNSUPPORTED = {"register_tokens": "register tokens", "reg_token": "register tokens",
+               "norm_pre.weight": "norm_pre (timm's CLIP layout)", "blocks.0.mlp.w12.weight": "SwiGLU MLPs"}
 
 
 def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: Optional[int] = None,
@@ -627,21 +646,25 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
     heads: number of heads, which the weights do not show; by default each is 64 wide, or 80 in ViT-H (width 1280).
     img_size, or grid (patches per side): by default the file's; the positions are interpolated to any other.
     activation of a CLIP tower: "quick_gelu" (OpenAI) or "gelu" (most of OpenCLIP). options: see ViT. If fc_norm or head
-    is missing, it keeps its initial values. Leftover decoders, heads, norms are ignored; others raise ValueError."""
+    is missing, it keeps its initial values. Leftover decoders, heads, norms are ignored; others raise UserError."""
     source = getattr(weights, "path", "the state dict")
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight"):
         if name not in weights:
-            raise ValueError(f"{source} is not a ViT with [CLS] and pos_embed: it lacks {name}")
+            raise UserError(f"{source} is not a ViT with [CLS] and pos_embed: it lacks {name}")
+    clip = "proj.weight" in weights
+    for name, feature in UNSUPPORTED.items():
+        if name in weights and not clip:
+            raise UserError(f"{source} is another kind of ViT: it has {feature}")
     dim, *_, patch_size = weights["patch_embed.proj.weight"].shape
     own_grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
     if weights["pos_embed"].shape[1] != 1 + own_grid**2:
-        raise ValueError(f"{source} is another kind of ViT: its pos_embed is {tuple(weights['pos_embed'].shape)}")
+        raise UserError(f"{source} is another kind of ViT: its pos_embed is {tuple(weights['pos_embed'].shape)}")
     img_size = img_size or (grid or own_grid) * patch_size
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     if not heads and dim % 64:
-        raise ValueError(f"the heads of a ViT of width {dim} are unknown; give heads= (--heads, --teacher_heads)")
+        raise UserError(f"the heads of a ViT of width {dim} are unknown; give heads= (--heads, --teacher_heads)")
     heads = heads or (16 if dim == 1280 else dim // 64)
-    if "proj.weight" in weights:
+    if clip:
         vit = CLIPTower(img_size, patch_size, dim, depth, heads, len(weights["proj.weight"]), activation)
     else:
         vit = ViT(img_size, patch_size, dim, depth, heads, **options)
@@ -649,12 +672,9 @@ def vit_like(weights: dict[str, Tensor], heads: Optional[int] = None, img_size: 
         positions = resize_positions(weights["pos_embed"], vit.img_size // patch_size)
         missing, left_over = vit.load_state_dict({**weights, "pos_embed": positions}, strict=False)
     except RuntimeError as e:  # the last line names a tensor and both shapes
-        raise ValueError(f"{source} is another kind of ViT: {str(e).splitlines()[-1].strip()}") from None
-    unknown = [name for name in left_over if not LEFT_OUT.match(name)]
-    if unknown:
-        features = [what for mark, what in UNSUPPORTED.items() if any(mark in name for name in unknown)]
-        raise ValueError(f"{source} is another kind of ViT: it has {(features or unknown)[0]}")
-    for name in missing:
-        if not name.startswith(("fc_norm.", "head.")):
-            raise ValueError(f"{source} lacks {name}")
+        raise UserError(f"{source} is another kind of ViT: {str(e).splitlines()[-1].strip()}") from None
+    wrong = [f"lacks {name}" for name in missing if not name.startswith(("fc_norm.", "head."))]
+    wrong += [f"has {name}" for name in left_over if not NOT_ENCODER.match(name)]
+    if wrong:
+        raise UserError(f"{source} is another kind of ViT: it {wrong[0]}")
     return vit

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from torchvision.transforms import v2
 import eval as evaluation
 import semaim
 import train
-from semaim import (ORDERS, SemAIM, ViT, autoregressive_masks, feature_loss, load_teacher, load_weights, patch_order,
+from semaim import (ORDERS, SemAIM, UserError, ViT, autoregressive_masks, feature_loss, load_teacher, load_weights, patch_order,
                     patchify, pixel_loss, pixel_target, sincos_pos_embed, similarity_map, unpatchify, vit_like)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # for single models
@@ -193,6 +194,10 @@ def test_orders_by_definition(grid):
     row, column = order["center"] // grid, order["center"] % grid
     ring = torch.maximum((row - (grid - 1) / 2).abs(), (column - (grid - 1) / 2).abs())
     assert (ring.diff() >= 0).all() and not torch.equal(order["center"][0], order["center"][1])
+    torch.manual_seed(0)
+    found = patch_order("random_start", similarity)
+    torch.manual_seed(0)
+    assert torch.equal(found, semaim.semantic_order(torch.rand_like(similarity)))
     first = patch_order("stochastic", torch.zeros(200, grid**2, device=DEVICE))[:, 0]
     assert len(first.unique()) > min(grid**2, 200) / 3
     similarity = (torch.arange(25, device=DEVICE) == 12).float().expand(4000, -1)  # ties; patch 12 is the middle
@@ -207,7 +212,7 @@ def test_a_new_order_is_a_function_of_the_similarity(kind):
     model, passes = tiny(order=kind).to(DEVICE), []
     model.blocks[0].register_forward_hook(lambda *_: passes.append(1))
     out = model(randn(3, 3, 8, 8))
-    assert (len(passes) == 1) == (out.similarity is None) == (kind in ("stochastic", "raster", "center"))
+    assert (len(passes) == 1) == (out.similarity is None) == (kind in semaim.CONTENT_FREE)
     assert not callable(kind) or out.order.equal(out.similarity.argsort(dim=1))
 
 
@@ -248,7 +253,7 @@ def test_who_decides_order_and_target():
     ("query_depth 3", dict(query_depth=3), {}), ("head 'deep'", dict(head="deep"), {}),
     ("anchor 'max'", dict(anchor="max"), {})))
 def test_what_does_not_fit_is_refused(what, options, arguments):
-    with pytest.raises(ValueError, match=what):
+    with pytest.raises(UserError, match=what):
         tiny(**options)(**dict(images=torch.randn(3, 3, 8, 8)) | arguments)
 
 
@@ -492,7 +497,7 @@ def test_vit_like_follows_the_file():
         assert vit_like(ViT(16, 8, dim, 1, 1).state_dict()).blocks[0].attn.heads == heads
     weights = small_vit().state_dict()
     assert vit_like(weights, heads=8).blocks[0].attn.heads == 8
-    with pytest.raises(ValueError, match="heads="):
+    with pytest.raises(UserError, match="heads="):
         vit_like(ViT(16, 8, 96, 1, 1).state_dict())
     ramp = torch.tensor([9.0] + 4 * [0, 1, 2, 3]).view(1, 17, 1).expand(-1, -1, 128)
     positions = vit_like(weights | {"pos_embed": ramp}, img_size=64).pos_embed[0, :, 5].detach()
@@ -523,7 +528,9 @@ BAD_FILES = {  # good ViT weights -> the content of a bad file, and what the mes
     "no_norm": (lambda good: without(good, "norm.") | SCALES, "norm"),
     "other_shape": (lambda good: good | {"blocks.0.mlp.fc2.weight": torch.ones(128, 256)}, "blocks.0.mlp.fc2.weight"),
     "no_position_of_cls": (lambda good: good | {"pos_embed": good["pos_embed"][:, 1:]}, "pos_embed"),  # DeiT III
-    "registers": (lambda good: good | {"register_tokens": torch.ones(1, 4, 128)}, "register"),
+    "registers": (lambda good: good | {"register_tokens": torch.ones(1, 4, 128)}, "register tokens"),
+    "timm_registers": (lambda good: good | {  # without a position of CLS
+        "reg_token": torch.ones(1, 4, 128), "pos_embed": good["pos_embed"][:, 1:]}, "register tokens"),
     "timm_clip": (lambda good: good | {"norm_pre.weight": ONE, "norm_pre.bias": ONE}, "norm_pre"),
     "swiglu": (lambda good: without(good, ".mlp.") | SCALES | {  # DINOv2 ViT-g
         f"blocks.{i}.mlp.{part}.weight": ONE for i in (0, 1) for part in ("w12", "w3")}, "SwiGLU"),
@@ -540,7 +547,7 @@ def test_bad_weight_files_are_refused_in_one_line(tmp_path, monkeypatch, name):
     torch.save(content(good) if callable(content) else good, "bad.pth")
     if not callable(content):
         Path("bad.pth").write_bytes(content or Path("bad.pth").read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=named) as error:
+    with pytest.raises(UserError, match=named) as error:
         load_teacher("clip" if name == "no_clip" else "dino", "bad.pth", grid=5)
     assert str(error.value).startswith("bad.pth ") and "\n" not in str(error.value) and not Path("ran").exists()
 
@@ -548,16 +555,17 @@ def test_bad_weight_files_are_refused_in_one_line(tmp_path, monkeypatch, name):
 def test_a_missing_file_and_a_missing_package(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="nothing.pth"):
         load_weights(tmp_path / "nothing.pth")
+    (tmp_path / "x.safetensors").touch()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ValueError, match="pip install safetensors"):
-        load_weights(tmp_path / "nothing.safetensors")
+    with pytest.raises(UserError, match="pip install safetensors"):
+        load_weights(tmp_path / "x.safetensors")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_code_of_a_torchscript_archive_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.jit.script(torch.nn.Linear(2, 2)).save("OLD")
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="TorchScript") as error:
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="TorchScript") as error:
         patch.delattr(torch.jit, "load")  # which runs the archive's code
         load_weights("OLD")
     exec(re.search('python -c "(.*)"', str(error.value))[1])  # the message holds a line that converts it
@@ -626,7 +634,6 @@ def test_folder_layouts(tmp_path, monkeypatch):
     for place, count in (("photos", 3), ("shapes/train/a", 2)):  # without train/: all images, no val
         data, val = load(place)
         assert (len(data), data.classes, val, {label for _, label in data.samples}) == (count, [""], None, {0})
-    assert train.parse_args(["--data", "./shapes"]).output_dir == "output/vit_nano-shapes-pixel"
 
 
 def test_torchvision_data_sets(monkeypatch):
@@ -854,11 +861,11 @@ for owner, name, nth, flags in json.loads(sys.argv[1]):
     print(os.waitpid(child, 0)[1], flush=True)
 """
 KILLS = {  # name: (kind of run, the call in which it dies, which of them, other flags, the step that is saved)
-    "step": ("pixel", "Run.update", 4, "--workers 2", 3),
+    "step": ("pixel", "Run.end_step", 4, "--workers 2", 3),
     "before fsync": ("pixel", "os.fsync", 3, "", 2),
     "evaluation": ("pixel", "train.knn", 2, "--knn_images 9 --eval_every 1", 2),
     "average": ("ema", "train.ema_update", 4, "--workers 2", 3),
-    "finetune step": ("finetune", "Run.update", 5, "--workers 2", 4),
+    "finetune step": ("finetune", "Run.end_step", 5, "--workers 2", 4),
     "finetune evaluation": ("finetune", "eval.classify", 1, "", 2),
 }
 
@@ -902,33 +909,31 @@ def test_the_decay_of_the_average_rises_with_every_step(made, tmp_path, monkeypa
     assert not torch.equal(checkpoint["ema"]["norm.weight"], checkpoint["model"]["norm.weight"])
 
 
-def before_update(monkeypatch, step, act):
-    """Call act() in the middle of a step."""
-    update = train.Run.update
-    monkeypatch.setattr(train.Run, "update", lambda self, lr: (self.step == step - 1 and act(), update(self, lr))[1])
+def before_end_of(monkeypatch, step, act):
+    """Call act() before a step is counted."""
+    end_step = train.Run.end_step
+
+    def acting(self, *values):
+        if self.step == step - 1:
+            act()
+        end_step(self, *values)
+
+    monkeypatch.setattr(train.Run, "end_step", acting)
 
 
-def signals(number):
-    os.kill(os.getpid(), number)
-    os.kill(os.getpid(), number)
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("kind,step", (("pixel", 3), ("finetune", 4)))
 def test_sigterm_saves_without_evaluating_and_can_be_resumed(made, tmp_path, monkeypatch, capsys, kind, step):
     flags = "--knn_images 9 --eval_every 1".split() if kind == "pixel" else ()
-    before_update(monkeypatch, step, lambda: signals(signal.SIGTERM))
+    before_end_of(monkeypatch, step, terminate)
     again(made, kind, *flags, out=tmp_path)
     assert read(tmp_path)["step"] == step and "{" not in capsys.readouterr().out
     assert [line["step"] for line in log(tmp_path) if "loss" not in line] == [0 if kind == "pixel" else 3]
     again(made, kind, *flags, out=tmp_path)
     equal_runs(tmp_path, made / kind)
-
-
-def test_a_second_ctrl_c_ends_at_once(made, tmp_path, monkeypatch):
-    before_update(monkeypatch, 4, lambda: signals(signal.SIGINT))
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        run(made, out=tmp_path)
-    assert not (tmp_path / "last.pt").exists()
 
 
 def test_loader_workers_ignore_signals(made, tmp_path, monkeypatch):
@@ -937,7 +942,7 @@ def test_loader_workers_ignore_signals(made, tmp_path, monkeypatch):
             os.kill(worker.pid, signal.SIGTERM)
             os.kill(worker.pid, signal.SIGINT)
 
-    before_update(monkeypatch, 4, to_workers)  # both have started by then
+    before_end_of(monkeypatch, 4, to_workers)  # both have started by then
     assert run(made, "--workers", 2, "--epochs", 6, out=tmp_path)["step"] == 18
 
 
@@ -945,7 +950,7 @@ def test_a_full_disk_costs_neither_the_run_nor_the_old_file(made, tmp_path, monk
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with monkeypatch.context() as patch:
-        before_update(patch, 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1])))
+        before_end_of(patch, 4, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1])))
         try:
             with pytest.raises(SystemExit, match="^error: .*last.pt.*$"):
                 run(made, "--save_every_minutes", 0, out=tmp_path)
@@ -968,7 +973,7 @@ def test_out_of_memory_is_one_line(made, tmp_path, monkeypatch):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(train.Run, "backward", fails)
+    monkeypatch.setattr(train.Run, "end_step", fails)
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
                   RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")):
         with pytest.raises(SystemExit, match="^error: out of memory.*--batch_size.*$"):
@@ -977,16 +982,16 @@ def test_out_of_memory_is_one_line(made, tmp_path, monkeypatch):
 
 def test_resuming_refuses_other_settings_and_accepts_those_of_the_machine(made):
     other = dict(
-        arch="vit_tiny", data="photos", img_size="64", patch_size="16", query_depth="2", target="ema", order="raster",
-        anchor="gap", loss="l1", head="linear", init_weights=made / "vit.pt", epochs="3", warmup_epochs="0.25",
-        total_batch="6", blr="0.001", min_lr="0.1", weight_decay="0", clip_grad="1", seed="1", precision="bf16")
+        arch="vit_tiny", data=made / "photos", img_size="64", patch_size="16", query_depth="2", target="ema",
+        order="raster", anchor="gap", loss="l1", head="linear", init_weights=made / "vit.pt", epochs="3",
+        warmup_epochs="0.25", total_batch="6", blr="0.001", min_lr="0.1", weight_decay="0", clip_grad="1", seed="1",
+        precision="bf16")
     free = dict(data_root="elsewhere", batch_size="2", workers="1", save_every_minutes="0", eval_every="1",
                 knn_images="3")
-    names = {*vars(train.parse_args([])), "images"} - {"teacher", "teacher_heads", "teacher_activation"}
-    assert names == {*other, *free, "norm_pix", "blur", "images", "output_dir", "compile"}  # the table is complete
+    names = {*vars(train.parse_args([]))} - {"teacher", "teacher_heads", "teacher_activation"}
+    assert names == {*other, *free, "norm_pix", "blur", "output_dir", "compile"}  # the table is complete
     before = (made / "pixel/last.pt").read_bytes()
-    cases = [("--" + name, made / value if name == "data" else value) for name, value in other.items()]
-    for flags in (*cases, ("--no-norm_pix",), ("--no-blur",)):
+    for flags in (*(("--" + name, value) for name, value in other.items()), ("--no-norm_pix",), ("--no-blur",)):
         with pytest.raises(SystemExit, match=f"error: .*last.pt .*{flags[0].split('-')[-1]}"):
             run(made, *flags, out="pixel")
     run(made, *(text for name, value in free.items() for text in ("--" + name, value)), out="pixel")
@@ -999,6 +1004,51 @@ def test_resuming_refuses_other_settings_and_accepts_those_of_the_machine(made):
     finally:
         (made / "data/train/cat/new.png").unlink()
     assert (made / "pixel/last.pt").read_bytes() == before  # a finished run has nothing to do
+
+
+def test_a_moved_folder_or_file_is_the_same_run_and_a_changed_file_is_another(made, tmp_path, capsys):
+    for name in ("one", "two"):
+        shutil.copytree(made / "data", tmp_path / name / "data")
+        shutil.copy(made / "vit.pt", tmp_path / name)
+    flags = [*RUN, "--output_dir", str(tmp_path / "out")]
+    for name in ("one", "two"):
+        train.main([*flags, "--data", str(tmp_path / name / "data"), "--init_weights", str(tmp_path / name / "vit.pt")])
+    assert "resuming after step 6 of 6" in capsys.readouterr().err
+    torch.save(small_vit(1).state_dict(), tmp_path / "two/vit.pt")
+    with pytest.raises(SystemExit, match="error: .*last.pt .*init_weights"):
+        train.main([*flags, "--data", str(tmp_path / "two/data"), "--init_weights", str(tmp_path / "two/vit.pt")])
+    saved = read(tmp_path / "out")
+    for name in ("checkpoint_content", "init_weights_content", "teacher_content"):
+        del saved["config"][name]  # as in files of older versions
+    saved["config"]["data"] = str(tmp_path / "one/data")
+    torch.save(saved, tmp_path / "out/last.pt")
+    train.main([*flags, "--data", str(tmp_path / "two/data"), "--init_weights", str(tmp_path / "two/vit.pt")])
+
+
+def test_a_score_is_of_the_checkpoint_as_it_is_now(made, tmp_path, capsys):
+    """The checkpoint may change between two commands, as last.pt does while a model is pre-trained."""
+    probe = ("linear", "--data", made / "data", "--checkpoint", tmp_path / "last.pt", "--workers", 0, "--epochs", 1,
+             "--total_batch", 6)
+    for seed in (0, 1):
+        torch.save(small_vit(seed).state_dict(), tmp_path / "last.pt")
+        result = score(capsys, *probe)
+        again = score(capsys, *probe, "--output_dir", tmp_path / f"fresh-{seed}")
+        assert result == again
+    assert len([*tmp_path.glob("linear-data-checkpoint_last_*/last.pt")]) == 2
+    with pytest.raises(SystemExit, match="error: .*last.pt .*checkpoint"):
+        score(capsys, *probe, "--output_dir", tmp_path / "fresh-0")
+
+
+def test_a_run_is_named_after_what_differs_from_the_recipe(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(made / "data"), *RUN]
+    for other in ("", "--order raster", "--seed 1 --workers 1", f"--target dino --teacher {made}/vit.pt"):
+        train.main([*flags, *other.split()])
+    name, digest = "query_depth_1-epochs_2-warmup_epochs_0.5-total_batch_4", load_weights(made / "vit.pt").digest[:8]
+    assert {path.name for path in Path("output").iterdir()} == {
+        f"vit_nano-data-pixel-{name}", f"vit_nano-data-pixel-query_depth_1-order_raster-{name[14:]}",
+        f"vit_nano-data-pixel-{name}-seed_1",
+        f"vit_nano-data-dino-query_depth_1-teacher_vit_{digest}-{name[14:]}"}
 
 
 @pytest.mark.parametrize("kind", ("old", "weights", "corrupt", "text"))
@@ -1097,6 +1147,13 @@ def test_the_linear_probe_trains_only_its_head(made, tmp_path, capsys):
     assert result["top1"] == 100 and result["task"] == "linear" and score(capsys, *flags) == result
 
 
+def test_knn_of_a_classifier_of_the_mean_uses_its_tokens(made, capsys):
+    data = ("--data", made / "data", "--workers", 0, "--checkpoint", made / "tuned.pt")
+    vit = small_vit(pool="mean", num_classes=7)
+    expected = train.knn(vit, *load(made / "data"), train.parse_args(["--workers", "0"]))
+    assert score(capsys, "knn", *data).items() >= (expected | dict(top1=expected["knn_mean"])).items()
+
+
 @pytest.mark.parametrize("pool,norm", (("cls", "norm.weight"), ("mean", "fc_norm.weight")))
 def test_heads_are_initialised_and_standardised_as_in_the_recipe(made, pool, norm):
     probe, tuned = (evaluation.make_classifier(*evaluation.parse_args([
@@ -1170,18 +1227,17 @@ def test_show(made, tmp_path, capsys, file, rows):
         score(capsys, *flags, "--activation", "gelu", *names)
         assert Image.open(result["picture"]).tobytes() != picture.tobytes()
     result = score(capsys, *flags, "--img_size", 48, "--anchor", "gap", "--data", made / "data")
-    assert 0 <= result["position_share"] <= 1 and 0 <= result["mirrored"] <= 1
+    assert 0 <= result["position_share"] <= 1
     assert (result["task"], result["anchor"], len(result.get("loss_by_place", ()))) == ("show", "gap", 8 * (rows == 7))
 
 
-def test_order_statistics_by_definition(made):
+def test_position_share_by_definition(made):
     args, data = train.parse_args(["--batch_size", "5", "--workers", "0"]), load(made / "data")[0]
     encoder, ramp = small_vit(), torch.linspace(0, 1, 16)
-    for function, low, mirrored in ((lambda images: ramp.expand(len(images), -1), 0.999, 0),
-                                    (lambda images: patchify(images, 8).mean(-1), 0, 1)):
-        encoder.similarity = lambda images, anchor, function=function: function(images)
-        found = evaluation.order_statistics(encoder, data, "cls", args)
-        assert low <= found["position_share"] < 0.9 + low and found["mirrored"] == mirrored
+    encoder.similarity = lambda images, anchor: ramp.expand(len(images), -1)
+    assert evaluation.position_share(encoder, data, "cls", args) > 0.999
+    encoder.similarity = lambda images, anchor: patchify(images, 8).mean(-1)
+    assert 0 <= evaluation.position_share(encoder, data, "cls", args) < 0.9
 
 
 # ---------------------------------------------------------------- several processes ----
@@ -1193,8 +1249,8 @@ import torch
 import torch.distributed.algorithms.ddp_comm_hooks.default_hooks as hooks
 import eval, train
 
-join, DDP = train.dist.init_process_group, train.DistributedDataParallel
-update, classify, sums = train.Run.update, eval.classify, []
+join, DDP = train.dist.init_process_group, torch.nn.parallel.DistributedDataParallel
+end_step, classify, sums = train.Run.end_step, eval.classify, []
 
 def say(line, **_):
     os.write(1, (line + "\\n").encode())  # whole lines, because the processes share a pipe
@@ -1208,9 +1264,9 @@ def counting(model, **options):
     wrapped.register_comm_hook(None, count)
     return wrapped
 
-def drawing(run, lr):
+def drawing(run, *values):
     say(f"rank {train.RANK} draws {torch.rand(1).item()}")
-    update(run, lr)
+    end_step(run, *values)
 
 def scoring(model, *args):
     scores = classify(model, *args)
@@ -1219,7 +1275,8 @@ def scoring(model, *args):
 
 train.dist.init_process_group = lambda *args, **options: train.dist.is_initialized() or join(*args, **options)
 leave, train.dist.destroy_process_group = train.dist.destroy_process_group, lambda: None
-train.DistributedDataParallel, train.Run.update, eval.classify, eval.print = counting, drawing, scoring, say
+torch.nn.parallel.DistributedDataParallel = counting
+train.Run.end_step, eval.classify, eval.print = drawing, scoring, say
 for flags in json.loads(sys.argv[1]):
     sums.clear()
     try:
@@ -1247,7 +1304,7 @@ def several(tmp_path_factory):
             else:
                 commands.append([*RUN, *flags, "--data", f"{root}/data", "--output_dir", f"{root}/{order}-{name}"])
     with pytest.MonkeyPatch.context() as patch:
-        before_update(patch, 2, lambda: signals(signal.SIGTERM))
+        before_end_of(patch, 2, terminate)
         for out in ("raster-resumed", "folder-of-0"):
             run(root, *"--order raster --total_batch 8".split(), out=out)
     commands += [[*commands[0][:-1], str(root / out)] for out in ("raster-resumed", "folder-of-RANK")]
@@ -1299,8 +1356,8 @@ def test_two_processes_score_like_one(several, capsys, monkeypatch):
 
 @pytest.mark.parametrize("command,named", (
     ("--spiral 1", "--spiral"), ("--batch_size 0", "--batch_size"), ("--blr nan", "--blr"), ("--blr inf", "--blr"),
-    ("--knn_images -5", "--knn_images"), ("--epochs two", "--epochs"), ("--epochs 0", "--epochs"),
-    ("--order spiral", "--order"), ("--pool mean", "--pool"), ("--img_size 33", "img_size 33"),
+    ("--knn_images -5", "--knn_images"), ("--epochs 0", "--epochs"),
+    ("--img_size 33", "img_size 33"),
     ("--query_depth 3", "query_depth 3"), ("--target dino", "--teacher"), ("--teacher x.pt", "--teacher"),
     ("--target clip --teacher vit.pt", "vit.pt"), ("--init_weights no.pt", "no.pt"),
     ("--init_weights text.pt", "text.pt"), ("--init_weights clip.pt", "clip.pt"),
@@ -1310,7 +1367,8 @@ def test_two_processes_score_like_one(several, capsys, monkeypatch):
     ("eval.py show --mixup 1", "--mixup"), ("eval.py knn --epochs 1", "--epochs"),
     ("eval.py knn --checkpoint vit.pt --arch vit_nano", "--arch"), ("eval.py linear --epochs 0", "--epochs"),
     ("eval.py knn --checkpoint vit.pt --heads two", "--heads"), ("eval.py knn --checkpoint no.pt", "no.pt"),
-    ("eval.py finetune --randaugment 11", "--randaugment"), ("eval.py finetune --layer_decay nan", "--layer_decay"),
+    ("eval.py finetune --smoothing 2", "--smoothing"), ("eval.py finetune --layer_decay nan", "--layer_decay"),
+    ("eval.py linear --checkpoint tuned.pt", "tuned.pt.*norm"), ("eval.py linear --smoothing -1", "--smoothing"),
     ("eval.py knn --checkpoint clip.pt", "clip.pt"), ("eval.py knn --checkpoint less.pt", "less.pt"),
     ("eval.py knn --data photos", "photos"), ("eval.py finetune --epochs 0 --checkpoint vit.pt", "vit.pt"),
     ("eval.py finetune --epochs 0 --checkpoint tuned.pt", "tuned.pt.*7 classes"), ("eval.py show no.png", "no.png"),
@@ -1328,14 +1386,24 @@ def test_an_error_of_the_user_is_one_line_that_names_the_flag_or_file(made, monk
     assert "\n" not in str(error.value)
 
 
+def test_a_mistake_in_an_own_order_keeps_its_traceback(made, tmp_path, monkeypatch):
+    def mine(similarity):
+        first, second = similarity.shape, 1, 2
+
+    monkeypatch.setitem(ORDERS, "mine", mine)
+    with pytest.raises(ValueError, match="too many values") as error:
+        run(made, "--order", "mine", out=tmp_path)
+    assert error.traceback[-1].name == "mine"
+
+
 def test_starts_that_cannot_work_are_refused(made, tmp_path, monkeypatch):
     """Fewer images than processes, and copies of the program that srun has started."""
     args, (data, _) = train.parse_args(["--data", str(made / "data"), "--output_dir", "none"]), load(made / "data")
     model = tiny()
     with monkeypatch.context() as patch:
         patch.setattr(train, "WORLD", 13)
-        with pytest.raises(ValueError, match="12 images.*13 processes"):
-            train.Run(args, model, train.make_optimizer(model, 0.0), len(data))
+        with pytest.raises(UserError, match="12 images.*13 processes"):
+            train.Run(args, {}, model, train.make_optimizer(model, 0.0), train.Views(data, EVAL_VIEW))
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(SystemExit, match="^error: .*srun.*torchrun.*$"):
         run(made, out=tmp_path)

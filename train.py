@@ -6,8 +6,8 @@
     torchrun --nproc_per_node=8 train.py --arch vit_base --data DIR    the same on 8 GPUs (--nnodes for more)
 
 DIR holds train/CLASS/* and val/CLASS/* (or test/CLASS/*), or just images. Run the same command again to resume an
-interrupted run. Random numbers depend on --seed and (epoch, image) in augmentations, and on --seed and (step,
-micro-batch, process) in orders, Mixup and drop path: neither the number of workers nor an interruption changes them.
+interrupted run. An augmentation depends on --seed, epoch and image; orders, Mixup and drop path on --seed, step,
+micro-batch and process: neither the number of workers nor an interruption changes them.
 """
 import argparse
 import contextlib
@@ -27,14 +27,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from torchvision import datasets, io
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, ViT, ema_update, encoder_weights, load_teacher,
-                    load_weights, patch_order, pool_tokens, vit_like)
+from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, UserError, ViT, Weights, ema_update, encoder_weights,
+                    load_teacher, load_weights, patch_order, pool_tokens, vit_like)
 
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # ImageNet's, for all data
 DATASETS = dict(cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")  # torchvision's names
@@ -42,7 +41,7 @@ resize = functools.partial(v2.functional.resize, interpolation=InterpolationMode
 
 # ---------------------------------------------------------------- flags: the release's recipe for ViT-B ----
 
-FLAGS = {  # of train.py and eval.py. name: (default, help, choices); default also gives the type
+FLAGS = {  # name: (default, help, choices); the default also gives the type
     "arch": ("vit_nano", "size of the model; it selects the recipe, which gives the defaults shown here", tuple(ARCHS)),
     "data": ("data/imagenet", f"shapes, {', '.join(DATASETS)}, or a folder of images (./shapes is always a folder)"),
     "data_root": ("data", "where torchvision's data sets are, or are downloaded to"),
@@ -79,25 +78,18 @@ FLAGS = {  # of train.py and eval.py. name: (default, help, choices); default al
     "save_every_minutes": (10.0, "time between two checkpoints"),
     "eval_every": (20, "evaluate every N epochs and at the end; 0: only at the end"),
     "knn_images": (60_000, "use at most N train and N val images for k-NN in training; 0: no evaluation"),
-    # only eval.py
-    "checkpoint": ("", "any file of ViT weights; empty: random weights"),
-    "heads": (0, "attention heads; 0: each is 64 wide (ViT-H: 80)"),
-    "activation": ("quick_gelu", "activation of a CLIP file", ("quick_gelu", "gelu")),
-    "pool": ("cls", "features: [CLS], or the mean of the patch tokens", ("cls", "mean")),
-    "smoothing": (0.1, "label smoothing"),
-    "layer_decay": (0.65, "factor of the learning rate from one layer to the one below"),
-    "drop_path": (0.1, "chance that a sample skips a branch of the last block"),
-    "crop_min": (0.08, "smallest crop, as share of the image"),
-    "randaugment": (9, "magnitude of RandAugment; 0: off", tuple(range(11))),
-    "erasing": (0.25, "chance of RandomErasing"),
-    "mixup": (0.8, "alpha of Mixup's Beta distribution; 0: off"),
-    "cutmix": (1.0, "alpha of CutMix's Beta distribution; 0: off"),
 }
 RECIPES = {  # what differs from ViT-B
     "vit_nano": dict(data="shapes", img_size=32, total_batch=128, batch_size=128, epochs=8, warmup_epochs=1.0, blr=4e-3,
                      eval_every=4),
     "vit_large": dict(batch_size=128), "vit_huge": dict(batch_size=32),
 }
+COUNTS = ("img_size", "patch_size", "query_depth", "total_batch", "batch_size")  # at least 1; other numbers at least 0
+SHARES = ("smoothing", "layer_decay", "drop_path", "crop_min", "erasing")  # 0 to 1
+FILES = ("checkpoint", "init_weights", "teacher")
+# A resumed run may have others of these, which at most change rounding and ties; but not other contents of FILES.
+MAY_CHANGE = ("output_dir", "data_root", "batch_size", "workers", "compile", "save_every_minutes", "eval_every",
+              "knn_images", *FILES)
 
 # ---------------------------------------------------------------- processes and devices ----
 
@@ -118,9 +110,8 @@ def say(message: str):
 def join_processes():
     """Set up the device and, under torchrun, join the other processes."""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "WORLD_SIZE" not in os.environ:
-        raise ValueError("srun started several copies; start one torchrun per node: srun --ntasks-per-node=1 torchrun")
+        raise UserError("srun started several copies; start one torchrun per node: srun --ntasks-per-node=1 torchrun")
     if DEVICE.type == "cuda":
-        torch.cuda.set_device(DEVICE)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     if WORLD > 1:
         backend, device = ("nccl", DEVICE) if DEVICE.type == "cuda" else ("gloo", None)
@@ -130,7 +121,7 @@ def join_processes():
                                 timeout=datetime.timedelta(minutes=30))  # for slow disks
 
 
-def from_all(value) -> list:
+def gather_objects(value) -> list:
     """Return the (small) values that all processes hold, in order of rank."""
     values = [value] * WORLD
     if WORLD > 1:
@@ -138,21 +129,32 @@ def from_all(value) -> list:
     return values
 
 
-def gather(part: torch.Tensor) -> torch.Tensor:
+def gather_tensors(part: torch.Tensor) -> torch.Tensor:
     """Join the tensors (n, ...) of all processes on the device, in order of rank: (total, ...)."""
     part = part.to(DEVICE)
     if WORLD == 1:
         return part
-    parts = [part.new_empty(size, *part.shape[1:]) for size in from_all(len(part))]
+    parts = [part.new_empty(size, *part.shape[1:]) for size in gather_objects(len(part))]
     parts[RANK] = part
     for rank, values in enumerate(parts):
         dist.broadcast(values, rank)
     return torch.cat(parts)
 
 
+def seed_of(*numbers: int) -> int:
+    """Mix whole numbers into one seed."""
+    return hash(numbers)  # of whole numbers, the same in each start of Python
+
+
 def autocast(precision: str):
     """Return the mixed-precision context of a forward pass."""
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compile_blocks(model: ViT):
+    """Compile the transformer blocks. They have the same code, so that one compilation serves them all."""
+    for block in [*model.blocks, *getattr(model, "query_blocks", ())]:
+        block.compile()
 
 
 # ---------------------------------------------------------------- data: images, views, batches ----
@@ -184,14 +186,19 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
     rho, phi = (u**2 + v**2).sqrt(), torch.atan2(v, u)
     square = torch.maximum(u.abs(), v.abs())
-    inside = torch.stack([  # disc, ring; bull's-eye, checks; triangle, cross; star, bars; half disc, dots
-        rho < 0.95, (rho < 1) & (rho > 0.65),
-        (rho < 1) & ((rho * 2.5).floor() % 2 == 0), (square < 0.85) & ((u > 0) == (v > 0)),
-        rho * torch.cos(phi % (2 * math.pi / 3) - math.pi / 3) < 0.5,
-        (torch.minimum(u.abs(), v.abs()) < 0.25) & (square < 0.95),
-        rho < 0.6 + 0.4 * torch.cos(5 * phi), (square < 0.9) & ((v * 2.5 + 0.5).floor() % 2 == 0),
-        (rho < 1) & (v > 0), (((u * 1.5) % 1 - 0.5) ** 2 + ((v * 1.5) % 1 - 0.5) ** 2 < 0.1) & (square < 1),
-    ], dim=1)[torch.arange(n), labels][:, None]
+    shapes = {
+        "disc": rho < 0.95,
+        "ring": (rho < 1) & (rho > 0.65),
+        "bull's-eye": (rho < 1) & ((rho * 2.5).floor() % 2 == 0),
+        "checks": (square < 0.85) & ((u > 0) == (v > 0)),
+        "triangle": rho * torch.cos(phi % (2 * math.pi / 3) - math.pi / 3) < 0.5,
+        "cross": (torch.minimum(u.abs(), v.abs()) < 0.25) & (square < 0.95),
+        "star": rho < 0.6 + 0.4 * torch.cos(5 * phi),
+        "bars": (square < 0.9) & ((v * 2.5 + 0.5).floor() % 2 == 0),
+        "half disc": (rho < 1) & (v > 0),
+        "dots": (((u * 1.5) % 1 - 0.5) ** 2 + ((v * 1.5) % 1 - 0.5) ** 2 < 0.1) & (square < 1),
+    }
+    inside = torch.stack([*shapes.values()], dim=1)[torch.arange(n), labels][:, None]
     colour = torch.rand(n, 3, generator=generator)  # stretched until its strongest channel is 1 and its weakest 0
     low, high = colour.amin(1, keepdim=True), colour.amax(1, keepdim=True)
     colour = ((colour - low) / (high - low))[..., None, None]
@@ -204,9 +211,7 @@ def decode(path: str) -> torch.Tensor:
     """Read an image file as upright RGB, uint8 (3, H, W). Raises OSError with the file's name."""
     try:
         with contextlib.suppress(RuntimeError, AttributeError):  # no JPEG, or no decode_jpeg in this torchvision
-            image = io.decode_jpeg(io.read_file(path), apply_exif_orientation=True)
-            if len(image) == 3:
-                return image
+            return io.decode_jpeg(io.read_file(path), io.ImageReadMode.RGB, apply_exif_orientation=True)
         with Image.open(path) as image:
             return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as e:  # Pillow raises many types for damaged files
@@ -215,13 +220,13 @@ def decode(path: str) -> torch.Tensor:
 
 class Folder(datasets.ImageFolder):
     """The images of FOLDER/CLASS/*, sorted by path, without hidden files. Without class folders or with labelled=False,
-    all images below FOLDER have one class, "". Raises ValueError if there are no images."""
+    all images below FOLDER have one class, "". Raises UserError if there are no images."""
 
     def __init__(self, folder, labelled: bool = True):
         self.labelled = labelled
         super().__init__(str(folder), loader=decode, is_valid_file=self.is_image, allow_empty=True)
         if not self.samples:
-            raise ValueError(f"there are no images in {folder}")
+            raise UserError(f"there are no images in {folder}")
         self.samples.sort()
         self.targets = [label for _, label in self.samples]
 
@@ -238,26 +243,31 @@ class Folder(datasets.ImageFolder):
 def load_data(args) -> tuple[Dataset, Dataset | None]:
     """Load --data -> (train, val or None). Both have `classes` and yield (image uint8 (3, H, W), label)."""
     if args.data == "shapes":
-        data, val = (TensorDataset(*map(torch.cat, zip(*(draw_shapes(500, seed) for seed in seeds))))
-                     for seeds in (range(20), range(20, 24)))
-        data.classes = val.classes = range(10)
-        return data, val
+        return shapes_data(range(20)), shapes_data(range(20, 24))
     if args.data in DATASETS:
-        kind, view = getattr(datasets, DATASETS[args.data]), v2.Compose([v2.PILToTensor(), v2.RGB()])
+        dataset, view = getattr(datasets, DATASETS[args.data]), v2.Compose([v2.PILToTensor(), v2.RGB()])
         if LOCAL_RANK == 0:
-            kind(args.data_root, download=True)
-        from_all("downloaded")  # the other processes wait for it
-        return tuple(kind(args.data_root, train=train, transform=view) for train in (True, False))
+            dataset(args.data_root, download=True)
+        gather_objects("downloaded")  # the other processes wait for it
+        return tuple(dataset(args.data_root, train=train, transform=view) for train in (True, False))
     root = Path(args.data)
     if not root.is_dir():
-        raise ValueError(f"there is no folder {root}; give --data DIR, or one of shapes, {', '.join(DATASETS)}")
+        raise UserError(f"there is no folder {root}; give --data DIR, or one of shapes, {', '.join(DATASETS)}")
     if not (root / "train").is_dir():
         return Folder(root, labelled=False), None
-    data, places = Folder(root / "train"), [root / name for name in ("val", "test") if (root / name).is_dir()]
-    val = Folder(places[0]) if places else None
+    val_root = root / "val" if (root / "val").is_dir() else root / "test"
+    data, val = Folder(root / "train"), Folder(val_root) if val_root.is_dir() else None
     if val and val.classes != data.classes:
-        raise ValueError(f"{val.root} and {data.root} differ in classes: {min({*val.classes} ^ {*data.classes})!r} ...")
+        raise UserError(f"{val.root} and {data.root} differ in classes: {min({*val.classes} ^ {*data.classes})!r} ...")
     return data, val
+
+
+def shapes_data(seeds) -> TensorDataset:
+    """Draw 500 shapes per seed."""
+    parts = [draw_shapes(500, seed) for seed in seeds]
+    data = TensorDataset(torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts]))
+    data.classes = range(10)
+    return data
 
 
 def evenly(data: Dataset, count: int) -> Subset:
@@ -268,8 +278,8 @@ def evenly(data: Dataset, count: int) -> Subset:
 def random_crop(size: int, smallest: float = 0.2, *more) -> v2.Transform:
     """Make the pre-training augmentation: a random crop of `smallest` to 1 of the area, resized, and a random flip;
     then `more` transforms. uint8 (3, H, W) -> uint8 (3, size, size)."""
-    return v2.Compose([v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=InterpolationMode.BICUBIC,
-                                            antialias=True), v2.RandomHorizontalFlip(), *more])
+    crop = v2.RandomResizedCrop(size, (smallest, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *more])
 
 
 def eval_view(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -289,7 +299,7 @@ class Views(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        torch.default_generator.manual_seed(hash((self.seed, epoch, index)))  # ten times faster than torch.manual_seed
+        torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))  # ten times faster than torch.manual_seed
         for other in range(index, index + self.tries):
             try:
                 image, label = self.data[other % len(self.data)]
@@ -301,14 +311,17 @@ class Views(Dataset):
 
 
 def batch_keys(n: int, batch: int, accum_iter: int, seed: int, start: int, stop: int):
-    """Yield a list of (epoch, index) per micro-batch of this process, from step `start` to stop - 1; n images in
-    all. The split of a total batch does not change its images: process r takes every WORLD-th, in accum_iter parts."""
-    total, shuffled = batch * accum_iter * WORLD, None
+    """Yield a list of (epoch, index) for each micro-batch of this process, from step `start` to stop - 1.
+
+    The n images are shuffled once an epoch, and those of a step do not depend on its split: of a b c d e f ..., two
+    processes with two micro-batches of one image first get [a], [c] and [b], [d]. An incomplete step is left out."""
+    total = batch * accum_iter * WORLD
+    steps_per_epoch, shuffled = n // total, None
     for step in range(start, stop):
-        epoch, place = divmod(step, n // total)
-        if place == 0 or shuffled is None:
-            shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch))))
-        for indices in shuffled[place * total:(place + 1) * total][RANK::WORLD].split(batch):
+        epoch, first = step // steps_per_epoch, step % steps_per_epoch * total
+        if shuffled is None or first == 0:
+            shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
+        for indices in shuffled[first:first + total][RANK::WORLD].split(batch):
             yield [(epoch, index) for index in indices.tolist()]
 
 
@@ -327,18 +340,25 @@ def ignore_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@functools.cache
+def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return MEAN and STD on the device; copying them for each batch would make the program wait for the GPU."""
+    return MEAN.to(device), STD.to(device)
+
+
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """Normalise images: uint8 (N, 3, H, W) -> float on the device. Does not wait for a copy from pinned memory."""
-    images, mean, std = (x.to(DEVICE, non_blocking=DEVICE.type == "cuda") for x in (images, MEAN, STD))
-    return (images.float() / 255 - mean) / std
+    mean, std = statistics(DEVICE)
+    return (images.to(DEVICE, non_blocking=DEVICE.type == "cuda").float() / 255 - mean) / std
 
 
-# ---------------------------------------------------------------- optimiser and schedule ----
+# ---------------------------------------------------------------- optimiser, schedule, and what a run keeps ----
 
 
 def split_batch(total: int, largest: int, processes: int) -> tuple[int, int]:
     """Split a total batch, rounded if needed -> (images per micro-batch, at most `largest`; micro-batches per step)."""
-    accum_iter = max(1, min(math.ceil(total / (processes * largest)), total // processes))
+    per_process = max(1, total // processes)
+    accum_iter = min(math.ceil(total / (processes * largest)), per_process)  # at least one image in each
     return max(1, total // (processes * accum_iter)), accum_iter
 
 
@@ -346,8 +366,8 @@ def learning_rate(epoch: float, lr: float, warmup_epochs: float, epochs: float, 
     """Return the learning rate at a fractional epoch: linear warm-up from 0, then half a cosine down to min_lr."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
-    place = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
-    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(place, 1))) / 2
+    done = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)  # 0 to 1
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(done, 1))) / 2
 
 
 def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
@@ -358,131 +378,126 @@ def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-# ---------------------------------------------------------------- the run: state, files, signals, progress ----
-
-# Flags that may differ when a run is resumed: at most, they change rounding and the random numbers of a micro-batch.
-FREE = ("output_dir", "data_root", "batch_size", "workers", "compile", "save_every_minutes", "eval_every", "knn_images")
+def run_name(args, first: str, recipe: dict, files: dict[str, Weights]) -> str:
+    """Name a run after all that differs from the recipe, as in vit_nano-shapes-pixel-order_raster-seed_1, where `first`
+    is vit_nano-shapes-pixel. Of a file, the name and the first digits of its digest."""
+    for name, value in vars(args).items():
+        if name in files and value:
+            first += f"-{name}_{Path(value).stem}_{files[name].digest[:8]}"
+        elif name not in (*MAY_CHANGE, "arch", "data", "target") and value != recipe.get(name, value):
+            first += f"-{name}_{value}"
+    return first
 
 
 class Run:
-    """A training run: model, optimiser, step, log.jsonl, and last.pt, from which it resumes. train() shows
-    its use. n_images: size of the training set; ema: a module that is saved too. Raises ValueError or OSError."""
+    """What a training run needs besides the method: counting, batches, signals, log.jsonl, and last.pt, from which it
+    resumes. files: the Weights that were read, by flag; ema: a module to save as well. Raises UserError or OSError."""
 
-    def __init__(self, args, model, optimizer, n_images: int, ema=None):
+    def __init__(self, args, files: dict[str, Weights], model, optimizer, views: Views, ema=None):
         self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema or torch.nn.Identity()
-        self.batch, self.accum_iter = split_batch(min(args.total_batch, n_images), args.batch_size, WORLD)
+        n = len(views.data)
+        self.batch, self.accum_iter = split_batch(min(args.total_batch, n), args.batch_size, WORLD)
         self.total_batch = self.batch * self.accum_iter * WORLD
-        self.steps_per_epoch = n_images // self.total_batch
+        self.steps_per_epoch = n // self.total_batch
         self.last_step = self.steps_per_epoch * args.epochs
         if not self.last_step:
-            raise ValueError(f"no steps with --epochs {args.epochs} and {n_images} images in {WORLD} processes")
-        self.config = vars(args) | dict(total_batch=self.total_batch, images=n_images)
-        self.step, self.loss, self.seconds = 0, 0.0, []  # finished steps, loss of this step, times of the latest steps
-        self.signalled, self.stopped = False, False  # this process received a signal; all stop after this step
-        self.last = Path(args.output_dir) / "last.pt"
-        self.last.parent.mkdir(parents=True, exist_ok=True)
-        self.last.with_name("log.jsonl").touch()  # fails now if the folder cannot be written
-        if self.last.exists():
+            raise UserError(f"no steps with --epochs {args.epochs} and {n} images in {WORLD} processes")
+        self.config = vars(args) | dict(data=Path(args.data).resolve().name, images=n, total_batch=self.total_batch)
+        self.config |= {f"{name}_content": files.get(name, Weights()).digest for name in FILES}
+        self.step, self.signalled, self.stopped = 0, False, False  # signalled: this process; stopped: all of them
+        self.folder, self.last_pt = Path(args.output_dir), Path(args.output_dir) / "last.pt"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "log.jsonl").touch()  # fails now if the folder cannot be written
+        if self.last_pt.exists():
             self._resume()
-        if len({*from_all(self.step)}) > 1:
-            raise ValueError(f"not all processes see the same files in --output_dir {args.output_dir}")
-        # The model as the training loop must call it: DDP averages gradients over processes.
-        self.forward = model if WORLD == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-        self.saved, self.finished = time.monotonic(), self.step == self.last_step
+        for name, read in dict(output_dir=self.step, **{name: file.digest for name, file in files.items()}).items():
+            if len({*gather_objects(read)}) > 1:
+                raise UserError(f"not all processes read the same in --{name} {getattr(args, name)}")
+        self.finished, self.evaluation_due, self.save_due = self.step == self.last_step, False, False
+        self.saved = self.started = time.monotonic()
+        self.seconds, self.status = [], ""  # of the steps since the last line of the log; text beside the progress bar
+        keys = batch_keys(n, self.batch, self.accum_iter, args.seed, self.step, self.last_step)
+        self.batches = load_batches(views, args.workers, batch_sampler=keys)
 
     def _resume(self):
-        """Restore everything from last.pt. Only the FREE flags may differ."""
+        """Restore everything from last.pt. Only the settings in MAY_CHANGE may differ."""
         try:
-            saved = torch.load(self.last, map_location="cpu", weights_only=True)
+            saved = torch.load(self.last_pt, map_location="cpu", weights_only=True)
             model, optimizer, ema, old = (saved[name] for name in ("model", "optimizer", "ema", "config"))
+            old["data"] = Path(old["data"]).name
         except Exception as e:  # torch.load raises many types
-            raise ValueError(f"{self.last} is no checkpoint of a run ({type(e).__name__}); move it away") from None
-        for name in sorted({*old, *self.config} - {*FREE}):
-            if old.get(name) != self.config.get(name):
-                raise ValueError(f"{self.last} was made with other settings ({name}: {old.get(name)}, now "
-                                 f"{self.config.get(name)}); repeat its command, or choose another --output_dir")
+            raise UserError(f"{self.last_pt} is no checkpoint of a run ({type(e).__name__}); move it away") from None
+        for name in sorted({*old} & {*self.config} - {*MAY_CHANGE}):
+            if old[name] != self.config[name]:
+                raise UserError(f"{self.last_pt} was made with other settings ({name}: {old[name]}, now "
+                                f"{self.config[name]}); repeat its command, or choose another --output_dir")
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
         self.ema.load_state_dict(ema)
         self.step = saved["step"]
-        say(f"{self.last}: resuming after step {self.step} of {self.last_step}")
+        say(f"{self.last_pt}: resuming after step {self.step} of {self.last_step}")
 
     @property
     def epoch(self) -> float:
         """The number of finished epochs, with its fraction."""
         return self.step / self.steps_per_epoch
 
-    def steps(self, views: Views):
-        """Yield an iterator of micro-batches (images, labels) for each step, until the last step or a signal."""
+    def steps(self):
+        """Yield the number of each step, until the last one or a signal. Shows the progress."""
         def ask_to_stop(number, _):
             self.signalled = True
             if number == signal.SIGINT:  # a second Ctrl-C ends the program at once, without saving
                 signal.signal(number, signal.default_int_handler)
 
         handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        batches = load_batches(views, self.args.workers, batch_sampler=batch_keys(
-            len(views.data), self.batch, self.accum_iter, self.args.seed, self.step, self.last_step))
-        self.bar = progress(total=self.last_step, initial=self.step, unit="step", smoothing=0.05)
+        bar = progress(total=self.last_step, initial=self.step, unit="step", smoothing=0.05)
         try:
             while not self.finished and not self.stopped:
-                yield self._micro_batches(batches)
+                self.started = time.monotonic()
+                yield self.step
+                bar.set_postfix_str(self.status, refresh=False)
+                bar.update()
         finally:
-            self.bar.close()
+            bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if not self.finished:
-            say(f"stopped after step {self.step} of {self.last_step}; run the same command again to resume")
+            say(f"stopped after step {self.step} of {self.last_step}; the same command resumes from {self.folder}")
 
-    def _micro_batches(self, batches):
-        """Yield the micro-batches of one step."""
-        self.started = time.monotonic()
-        for micro in range(self.accum_iter):
-            images, labels = next(batches)
-            torch.manual_seed(hash((self.args.seed, self.step, micro, RANK)))  # for ties, mixing, drop path
-            if WORLD > 1:
-                self.forward.require_backward_grad_sync = micro == self.accum_iter - 1  # DDP averages in the last
-            yield images, labels
+    def next_batch(self, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the images and labels of this process's micro-batch, on the device, and seed what is random in it."""
+        images, labels = next(self.batches)
+        torch.manual_seed(seed_of(self.args.seed, self.step, micro, RANK))  # for ties, mixing, drop path
+        return images, labels
 
-    def backward(self, loss: torch.Tensor):
-        """Add a micro-batch's share of the step's gradient."""
-        (loss / self.accum_iter).backward()
-        self.loss = self.loss + loss.detach() / self.accum_iter
-
-    def update(self, lr: float):
-        """Clip the gradients, update the weights, count the step, log every tenth, decide whether to evaluate and save.
-        A parameter group may scale the learning rate lr. Raises ValueError if loss or gradient are not finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad or math.inf)
-        # One all-reduce and one read from the device per step. All processes must stop at the same step.
-        values = torch.stack([self.loss, norm, torch.full_like(norm, float(self.signalled))])
+    def end_step(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float):
+        """Count the step, log every tenth, decide what is due. Raises UserError if loss or gradient are not finite."""
+        # The step's only all-reduce and its only read from the device. All processes must stop at the same step.
+        values = torch.stack([loss, grad_norm, torch.full_like(loss, float(self.signalled))])
         if WORLD > 1:
             dist.all_reduce(values)
-        loss, norm, signalled = (values / WORLD).tolist()
-        if not math.isfinite(loss + norm):
-            raise ValueError(f"loss {loss} or gradient norm {norm} is not finite; lower --blr in a new --output_dir")
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step, self.stopped, self.loss = self.step + 1, signalled > 0, 0.0
+        loss, grad_norm, signalled = (values / WORLD).tolist()
+        if not math.isfinite(loss + grad_norm):
+            raise UserError(f"loss {loss} or gradient norm {grad_norm} is not finite; lower --blr")
+        self.step, self.stopped = self.step + 1, signalled > 0
         self.finished = self.step == self.last_step
         self.seconds.append(time.monotonic() - self.started)
-        self.bar.update()
-        every = self.args.eval_every * self.steps_per_epoch
-        self.evaluation_due = self.finished or (every > 0 and self.step % every == 0 and not self.stopped)
-        minutes = (time.monotonic() - self.saved) / 60
-        self.save_due = self.evaluation_due or self.stopped or minutes > self.args.save_every_minutes
         if self.step % 10 == 0 or self.finished:
             speed = self.total_batch * len(self.seconds) / sum(self.seconds)
             self.seconds = []
-            self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.1e}, {speed:.0f} images/s", refresh=False)
-            self.log(loss=loss, lr=lr, grad_norm=norm, images_per_s=speed)
+            self.status = f"loss {loss:.4f}, lr {lr:.1e}, {speed:.0f} images/s"
+            self.log(loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=speed)
+        period = self.args.eval_every * self.steps_per_epoch
+        self.evaluation_due = self.finished or (period > 0 and self.step % period == 0 and not self.stopped)
+        save_now = time.monotonic() > self.saved + 60 * self.args.save_every_minutes
+        self.save_due = self.evaluation_due or self.stopped or save_now
 
     def log(self, **values):
         """Append a line to log.jsonl."""
         if RANK:
             return
         try:
-            with open(self.last.with_name("log.jsonl"), "a") as file:
+            with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(dict(step=self.step, epoch=self.epoch) | values) + "\n")
         except OSError as e:
             say(f"log.jsonl misses a line ({e.strerror}); training continues")
@@ -495,17 +510,17 @@ class Run:
             return
         checkpoint = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), config=self.config,
                           ema=self.ema.state_dict(), epoch=self.epoch, step=self.step)
-        temporary = self.last.with_suffix(".tmp")
+        temporary = self.last_pt.with_suffix(".tmp")
         try:
             with open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self.last)
+            os.replace(temporary, self.last_pt)
         except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            why = f"{self.last} could not be written ({str(e).splitlines()[0]}); an older one is kept"
+            why = f"{self.last_pt} could not be written ({str(e).splitlines()[0]}); an older one is kept"
             if self.finished or self.stopped:
                 raise OSError(why) from None
             say(f"{why}, training continues")
@@ -517,7 +532,7 @@ class Run:
 def eval_batches(data: Dataset, args, tries: int = 1):
     """Yield evaluation views (n, 3, size, size), normalised, and labels (n,) of this process's part of the images."""
     if len(data) < WORLD:
-        raise ValueError(f"--data {args.data}: {len(data)} images are fewer than {WORLD} processes")
+        raise UserError(f"--data {args.data}: {len(data)} images are fewer than {WORLD} processes")
     views = Views(data, functools.partial(eval_view, size=args.img_size), tries=tries)
     keys = [(0, index) for index in torch.arange(len(data)).tensor_split(WORLD)[RANK].tolist()]
     batches = load_batches(views, args.workers, sampler=keys, batch_size=args.batch_size)
@@ -528,12 +543,13 @@ def eval_batches(data: Dataset, args, tries: int = 1):
 @torch.no_grad()
 def features(model: ViT, data: Dataset, args, tries: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute [CLS] and the mean of the patch tokens of all images: (n, 2, D), and the labels (n,)."""
-    results = []
+    pooled, truth = [], []
     for images, labels in eval_batches(data, args, tries):
         with autocast(args.precision):
             tokens = model.tokens(images)
-        results.append((torch.stack([pool_tokens(tokens, pool) for pool in ("cls", "mean")], dim=1), labels))
-    return tuple(gather(torch.cat(part)) for part in zip(*results))
+        pooled.append(torch.stack([pool_tokens(tokens, "cls"), pool_tokens(tokens, "mean")], dim=1))
+        truth.append(labels)
+    return gather_tensors(torch.cat(pooled)), gather_tensors(torch.cat(truth))
 
 
 def knn(model: ViT, data: Dataset, val: Dataset, args, k: int = 20, temperature: float = 0.07) -> dict[str, float]:
@@ -560,69 +576,90 @@ def evaluate(run: Run, data: Dataset, val: Dataset | None):
         run.log(**scores)
 
 
-def make_model(args) -> tuple[SemAIM, ViT | None]:
+def make_model(args, files: dict[str, Weights]) -> tuple[SemAIM, ViT | None]:
     """Build the model that the command line asks for and its teacher, if it has one, on the device."""
     size = {name: ARCHS[args.arch][name] for name in ("dim", "depth", "heads")}
     names = ("img_size", "patch_size", "query_depth", "target", "order", "anchor", "loss", "norm_pix", "blur", "head")
     teacher = None
-    if args.target in ("dino", "clip"):
-        teacher = load_teacher(args.target, args.teacher, args.teacher_heads, args.img_size // args.patch_size,
+    if "teacher" in files:
+        teacher = load_teacher(args.target, files["teacher"], args.teacher_heads, args.img_size // args.patch_size,
                                args.teacher_activation).to(DEVICE)
     model = SemAIM(**size, target_dim=teacher.width if teacher else None,
                    **{name: getattr(args, name) for name in names}).to(DEVICE)
-    if args.init_weights:
-        load_teacher("dino", args.init_weights, size["heads"])  # only checks that it is such a ViT
+    if "init_weights" in files:
+        load_teacher("dino", files["init_weights"], size["heads"])  # only checks that it is such a ViT
         try:
-            missing, unused = model.load_state_dict(load_weights(args.init_weights), strict=False)
+            missing, unused = model.load_state_dict(files["init_weights"], strict=False)
         except RuntimeError as e:  # the last line names a tensor and both shapes
-            raise ValueError(f"--init_weights {args.init_weights}: {str(e).splitlines()[-1].strip()}") from None
+            raise UserError(f"--init_weights {args.init_weights}: {str(e).splitlines()[-1].strip()}") from None
         say(f"--init_weights: {len(missing)} weights are missing {missing[:3]}, {len(unused)} not used {unused[:3]}")
     if args.target == "ema":
         teacher = vit_like(encoder_weights(model.state_dict()), size["heads"]).requires_grad_(False).to(DEVICE)
-    if args.compile:
-        model.compile(fullgraph=True)
-        if teacher:
-            teacher.tokens = torch.compile(teacher.tokens, fullgraph=True)
+    for network in (model, teacher):
+        if args.compile and network:
+            compile_blocks(network)
     return model, teacher
+
+
+def ask_teacher(teacher: ViT | None, images: torch.Tensor, args) -> tuple:
+    """Return the teacher's order, or None if its tokens decide it, and its tokens. Without a teacher: None, None."""
+    if teacher is None:
+        return None, None
+    attention = args.anchor == "attention"
+    order = patch_order(args.order, teacher.similarity(images, "attention")) if attention else None
+    return order, teacher.tokens(images)
 
 
 def train(args):
     """Pre-train a model as the command line says. This is the training loop."""
     join_processes()
     data, val = load_data(args)
+    files = {name: load_weights(getattr(args, name)) for name in ("init_weights", "teacher") if getattr(args, name)}
+    first = f"output/{args.arch}-{Path(args.data).resolve().name}-{args.target}"
+    args.output_dir = args.output_dir or run_name(args, first, defaults_of(args.arch, args.data), files)
     torch.manual_seed(args.seed)
-    model, teacher = make_model(args)
-    optimizer, ema = make_optimizer(model, args.weight_decay), teacher if args.target == "ema" else None
-    attention = teacher and args.anchor == "attention"  # needs a separate pass
-    run = Run(args, model, optimizer, len(data), ema)
+    model, teacher = make_model(args, files)
+    ema = teacher if args.target == "ema" else None
+    optimizer = make_optimizer(model, args.weight_decay)
+    run = Run(args, files, model, optimizer, Views(data, random_crop(args.img_size), args.seed), ema)
     say(f"{args.arch} on {len(data):,} images; {run.last_step:,} steps of {run.total_batch}, {WORLD} x {DEVICE.type}")
     if run.step == 0:
         evaluate(run, data, val)
+    ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
+    peak_lr = args.blr * run.total_batch / 256
 
-    for micro_batches in run.steps(Views(data, random_crop(args.img_size), args.seed)):
-        epoch = run.epoch
-        lr = learning_rate(epoch, args.blr * run.total_batch / 256, args.warmup_epochs, args.epochs, args.min_lr)
+    for step in run.steps():
+        # Forward and backward. Gradients add up over micro-batches; in the last one, DDP averages them over processes.
+        loss = 0.0
+        for micro in range(run.accum_iter):
+            images, _ = run.next_batch(micro)
+            no_sync = WORLD > 1 and micro < run.accum_iter - 1
+            with ddp.no_sync() if no_sync else contextlib.nullcontext():
+                with autocast(args.precision):
+                    order, tokens = ask_teacher(teacher, images, args)
+                    out = ddp(images, order, teacher_tokens=tokens)
+                (out.loss / run.accum_iter).backward()
+            loss = loss + out.loss.detach() / run.accum_iter
 
-        # Gradients add up over micro-batches. In the last one, DDP averages them over processes.
-        for images, _ in micro_batches:
-            with autocast(args.precision):
-                tokens = teacher.tokens(images) if teacher else None  # None: pixels, ordered by the model
-                order = patch_order(args.order, teacher.attention_map(images)) if attention else None
-                out = run.forward(images, order, teacher_tokens=tokens)
-            run.backward(out.loss)
-
-        run.update(lr)
+        # Update the weights.
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
+        lr = learning_rate(run.epoch, peak_lr, args.warmup_epochs, args.epochs, args.min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
         if ema:  # the decay rises from 0.999 to 0.9999 over the first 100 epochs
-            ema_update(ema, model, 0.999 + 0.0009 * min(epoch / 100, 1))
+            ema_update(ema, model, 0.999 + 0.0009 * min(run.epoch / 100, 1))
 
-        # A killed run repeats everything since its last save, the evaluation included.
+        # Count the step, evaluate, save. A killed run repeats everything since its last save, the evaluation included.
+        run.end_step(loss, grad_norm, lr)
         if run.evaluation_due:
             evaluate(run, data, val)
         if run.save_due:
             run.save()
 
     if run.finished:
-        say(f"done; to draw its order: python eval.py show --data {args.data} --checkpoint {run.last}")
+        say(f"done; to draw its order: python eval.py show --data {args.data} --checkpoint {run.last_pt}")
 
 
 # ---------------------------------------------------------------- command line ----
@@ -636,55 +673,58 @@ def peek(argv, *names):
     return parser.parse_known_args(argv)[0]
 
 
-def parse_flags(argv, names, defaults: dict, positional: str = "", **options) -> argparse.Namespace:
-    """Read the named FLAGS, with these defaults. Raises ValueError for wrong flags and numbers."""
+def parse_flags(argv, flags: dict, defaults: dict, positional: str = "", **options) -> argparse.Namespace:
+    """Read the flags of a table like FLAGS, with these defaults. Raises UserError for wrong flags and numbers."""
     def fail(message: str):
-        raise ValueError(message)
+        raise UserError(message)
 
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=formatter, **options)
     parser.error = fail
-    for name in names:
-        default, text, *choices = FLAGS[name]
-        default = defaults.get(name, default)
-        how = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(
-            type=type(default), choices=choices[0] if choices else None)
+    for name, (_, text, *choices) in flags.items():
+        default = defaults[name]
+        if isinstance(default, bool):
+            how = dict(action=argparse.BooleanOptionalAction)
+        else:
+            how = dict(type=type(default), choices=choices[0] if choices else None)
         parser.add_argument(f"--{name}", default=default, help=text, **how)
     if positional:
         parser.add_argument(positional, nargs="*")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        least = int(name in ("img_size", "patch_size", "query_depth", "total_batch", "batch_size"))
-        if isinstance(value, (int, float)) and not least <= value < math.inf:
-            raise ValueError(f"--{name} {value} is not a finite number of at least {least}")
+        if isinstance(value, (int, float)):
+            low, high = int(name in COUNTS), 1 if name in SHARES else math.inf
+            if not low <= value <= high or math.isinf(value):
+                raise UserError(f"--{name} {value} is not a finite number from {low} to {high}")
     return args
 
 
-def defaults_of(arch: str, data: str | None) -> dict:
-    """Return the defaults that depend on --arch, --data and the machine."""
-    recipe, cuda = ARCHS.get(arch, {}) | RECIPES.get(arch, {}), DEVICE.type == "cuda"
-    bf16 = torch.cuda.get_device_capability() >= (8, 0) if cuda else DEVICE.type == "cpu" and arch != "vit_nano"
+def defaults_of(arch: str, data: str | None, flags: dict = FLAGS) -> dict:
+    """Return the defaults of all flags, which depend on --arch, --data and the machine."""
+    defaults = {name: flag[0] for name, flag in flags.items()} | ARCHS.get(arch, {}) | RECIPES.get(arch, {})
+    bf16 = DEVICE.type == "cpu" and arch != "vit_nano"
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)  # before anything asks the GPU; else each process opens a context on GPU 0
+        bf16 = torch.cuda.get_device_capability(DEVICE) >= (8, 0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Images in memory are not worth a loader process, unless a GPU waits for them.
-    in_memory = (data or recipe.get("data")) in ("shapes", *DATASETS) and not cuda
-    workers = 0 if in_memory else max(1, min(16, cores // LOCAL_WORLD))
-    return recipe | dict(precision="bf16" if bf16 else "fp32", compile=cuda, workers=workers)
+    workers = max(1, min(16, cores // LOCAL_WORLD))
+    if (data or defaults["data"]) in ("shapes", *DATASETS) and DEVICE.type != "cuda":
+        workers = 0  # images in memory are not worth a loader process, unless a GPU waits for them
+    return defaults | dict(precision="bf16" if bf16 else "fp32", compile=DEVICE.type == "cuda", workers=workers)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the command line. --arch decides the recipe, which gives the defaults."""
     known = peek(argv, "arch", "data")
-    names = [*FLAGS][:[*FLAGS].index("checkpoint")]
-    args = parse_flags(argv, names, defaults_of(known.arch or "vit_nano", known.data), description="Pre-train SemAIM.")
+    args = parse_flags(argv, FLAGS, defaults_of(known.arch or "vit_nano", known.data), description="Pre-train SemAIM.")
     if (args.target in ("dino", "clip")) != bool(args.teacher):
-        raise ValueError(f"--target {args.target} {'takes no' if args.teacher else 'needs'} --teacher FILE")
-    args.output_dir = args.output_dir or f"output/{args.arch}-{Path(args.data).resolve().name}-{args.target}"
+        raise UserError("--teacher FILE goes with --target dino or clip, and only with them")
     return args
 
 
 @contextlib.contextmanager
 def user_errors():
-    """Print errors that a user can cause as one line, and leave the process group at the end."""
+    """Print what a user can mend as one line; other errors keep their traceback. Leave the process group at the end."""
     try:
         yield
     except Exception as e:
@@ -692,7 +732,7 @@ def user_errors():
         message = re.sub(r"^\w+Error: ", "", (str(e) or repr(e)).strip().splitlines()[-1])  # loaders send tracebacks
         if re.search("out of memory|not enough memory|cannot allocate memory", str(e), re.IGNORECASE):
             message = "out of memory; lower --batch_size, for example to half of it"
-        elif not isinstance(e, (ValueError, OSError)):
+        elif not isinstance(e, (UserError, OSError)):
             raise
         raise SystemExit(f"error: {message}") from None
     if dist.is_initialized():  # not after an error: the other processes may wait in another collective
