@@ -4,6 +4,7 @@ Golden numbers were computed with the authors' release, on a CPU in fp32. A form
 orders, so that no file is needed. Everything else is compared with its definition, which is written out here.
 """
 import argparse
+import collections
 import contextlib
 import functools
 import itertools
@@ -15,7 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -28,12 +31,14 @@ from torchvision.transforms import v2
 import eval as evaluation
 import semaim
 import train
-from semaim import (ORDERS, SemAIM, UserError, ViT, autoregressive_masks, feature_loss, load_teacher, load_weights, patch_order,
-                    patchify, pixel_loss, pixel_target, sincos_pos_embed, similarity_map, unpatchify, vit_like)
+from semaim import (ORDERS, SemAIM, UserError, ViT, autoregressive_masks, feature_loss, load_teacher, load_weights,
+                    patch_order, patchify, pixel_loss, pixel_target, sincos_pos_embed, similarity_map, unpatchify,
+                    vit_like)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # for single models
 TOLERANCE = 2e-5 if DEVICE.type == "cpu" else 1e-3
 GRIDS = (4, 7, 14, 24)
+HERE = Path(train.__file__).parent
 torch.set_num_threads(1)  # the tests are small
 torch.backends.cudnn.allow_tf32 = False  # the golden numbers are fp32
 train.DEVICE = evaluation.DEVICE = torch.device("cpu")  # runs are compared bit for bit
@@ -46,7 +51,9 @@ def close(found, expected, rtol=TOLERANCE, atol=TOLERANCE):
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, check_device=False)
 
 
-# ---------------------------------------------------------------- the authors' numbers ----
+# ================================================================ Part 1: the method and the authors' numbers ====
+
+# ---------------------------------------------------------------- one step: the authors' numbers ----
 
 
 def hash01(n, c):
@@ -145,34 +152,102 @@ def test_golden_positions_and_schedule():
         assert train.learning_rate(epoch, 1.6e-3, 30, 800) == pytest.approx(lr, rel=2e-5)
     assert train.learning_rate(100, 5e-4, 20, 100, min_lr=1e-6) == pytest.approx(1e-6)
 
+# ---------------------------------------------------------------- twenty steps of the authors' engines ----
 
-# ---------------------------------------------------------------- targets, losses, similarity, orders ----
+# Twenty steps of the release's own engines: loss and gradient norm of each step, norms of some weights at the end.
+AUTHORS = json.loads((HERE / "assets/authors.json").read_text())
+PRETRAIN = "--arch vit_tiny --init_weights start.pt --total_batch 4 --warmup_epochs 0.5 --blr 0.096 --knn_images 0"
+CLASSIFY = "--checkpoint start.pt --heads 4 --total_batch 8 --eval_every 0"
+COMMANDS = {
+    "pixel": PRETRAIN, "pixel_gap": f"{PRETRAIN} --anchor gap", "pixel_two_micro_batches": f"{PRETRAIN} --batch_size 2",
+    "dino": f"{PRETRAIN} --target dino --teacher teacher.pt --teacher_heads 4",
+    "finetune": f"finetune {CLASSIFY} --blr 0.032 --warmup_epochs 0.5 --drop_path 0 --mixup 0 --cutmix 0",
+    "linear": f"linear {CLASSIFY} --blr 12.8",
+}
 
 
-def test_patches_targets_losses_and_similarities_by_definition():
-    images = torch.randn(2, 3, 12, 12)
-    patches = patchify(images, 4)
-    assert patches[1, 5, (2 * 4 + 3) * 3 + 1] == images[1, 1, 1 * 4 + 2, 2 * 4 + 3]  # patch 5 = row 1, column 2
-    assert torch.equal(unpatchify(patches, 4), images)
-    images = randn(2, 3, 16, 16)
-    x = torch.arange(9.0, device=DEVICE) - 4
-    kernel = torch.exp(-(x[:, None] ** 2 + x[None, :] ** 2) / 2)
-    padded = F.pad(images, (4, 4, 4, 4))  # zeros
-    blurred = (padded.unfold(2, 9, 1).unfold(3, 9, 1) * kernel / kernel.sum()).sum((-1, -2))
-    patches = patchify(blurred, 8)
-    expected = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
-    with torch.autocast(DEVICE.type, torch.bfloat16):  # half precision must not reach the target
-        close(pixel_target(images, 8), expected)
-    close(pixel_target(images, 8, norm_pix=False), patches)
-    assert torch.equal(pixel_target(images, 8, blur=False, norm_pix=False), patchify(images, 8))
-    a, b = randn(2, 5, 6), randn(2, 5, 6)
-    close(pixel_loss(a, b), ((a - b) ** 2).mean(-1))
-    close(pixel_loss(a, b, "l1"), (a - b).abs().mean(-1))
-    close(feature_loss(a, b), 2 - 2 * F.cosine_similarity(a, b, dim=-1))
-    tokens = randn(2, 10, 8)
-    unit, mean = (F.normalize(x, dim=-1) for x in (tokens, tokens[:, 1:].mean(1, keepdim=True)))
-    close(similarity_map(tokens, "cls"), (unit[:, 1:] * unit[:, :1]).sum(-1))
-    close(similarity_map(tokens, "gap"), (unit[:, 1:] * mean).sum(-1))  # golden numbers check the anchor "attention"
+def follow(case, folder, monkeypatch, steps=10, flags=""):
+    """Run the command of a case for two epochs of `steps` steps, on weights and batches made by the formula -> losses,
+    gradient norms, final weights."""
+    task = case if case in ("finetune", "linear") else ""
+    program, batch, first = (evaluation, 8, 6000) if task else (train, 4, 5000)
+    vit = fill(ViT(224, 16, 64, 2, 4, num_classes=10, pool="mean" if task == "finetune" else "cls"), 50)
+    model = vit if task else fill(SemAIM(224, 16, 64, 2, 4, 2, target="dino" if case == "dino" else "pixel"))
+    torch.save(model.state_dict(), folder / "start.pt")
+    torch.save(fill(ViT(224, 16, 64, 2, 4), 200).state_dict(), folder / "teacher.pt")
+    data = torch.utils.data.TensorDataset(torch.zeros(steps * batch, 3, 8, 8).byte(), torch.zeros(steps * batch))
+    data.classes, seen, end_step = range(10), [], train.Run.end_step
+
+    def next_batch(run, micro):
+        index = run.step * run.accum_iter + micro
+        torch.manual_seed(7000 + index)  # for ties
+        return formula((run.batch, 3, 224, 224), first + index, 2.0), (torch.arange(8) * 7 + 3 * index) % 10
+
+    def recorded(run, loss, grad_norm, lr):
+        seen.append((loss.item(), grad_norm.item()))
+        end_step(run, loss, grad_norm, lr)
+
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(train.ARCHS, "vit_tiny", dict(patch_size=16, dim=64, depth=2, heads=4, query_depth=2))
+        patch.setattr(program, "load_data", lambda _: (data, train.evenly(data, 2)))
+        patch.setattr(train.Run, "next_batch", next_batch)
+        patch.setattr(train.Run, "end_step", recorded)
+        patch.setattr(evaluation, "encoder_weights", dict)  # keep fc_norm
+        patch.setattr(evaluation, "linear_head", lambda *_, **__: vit.head)
+        more = f"--epochs 2 --precision fp32 --no-compile --workers 0 --output_dir out {flags}"
+        program.main([*COMMANDS[case].split(), *more.split()])
+    return *zip(*seen), read(folder / "out")["model"]
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_twenty_steps_of_the_authors_engines(case, tmp_path, monkeypatch):
+    losses, grad_norms, weights = follow(case, tmp_path, monkeypatch)
+    expected = AUTHORS[case]
+    assert losses == pytest.approx(expected["loss"], rel=2e-5, abs=0)
+    if "grad_norm" in expected:
+        assert grad_norms == pytest.approx(expected["grad_norm"], rel=2e-4, abs=0)
+    norms = {name: weights[name].norm().item() for name in expected["weight_norms"]}
+    assert norms == pytest.approx(expected["weight_norms"], rel=2e-5, abs=0)
+
+
+@pytest.mark.skipif("SEMAIM_RELEASE" not in os.environ, reason="SEMAIM_RELEASE names no clone of skyoux/SemAIM")
+@pytest.mark.filterwarnings("ignore")
+def test_authors_engine_side_by_side(tmp_path, monkeypatch):
+    """Ten steps of the release's engine and model, run now. Gradients of the first half of the steps are clipped."""
+    numpy, optim = pytest.importorskip("numpy"), pytest.importorskip("timm.optim")
+    losses, grad_norms, weights = follow("pixel", tmp_path, monkeypatch, 5, "--clip_grad 0.5")
+    # The release needs a GPU, an old NumPy, torch 1.x and cv2, which it does not use here.
+    monkeypatch.setattr(numpy, "float", float, raising=False)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.syspath_prepend(os.environ["SEMAIM_RELEASE"])
+    shims = {"torch._six": types.SimpleNamespace(inf=math.inf), "cv2": types.SimpleNamespace()}
+    with mock.patch.dict(sys.modules, shims):  # removes the release's modules, too
+        from engines.engine_pretrain import train_one_epoch
+        from models.models_semaim import AimViT
+    model = fill(AimViT(embed_dim=64, depth=2, num_heads=4, query_depth=2, permutation_type="attention_center",
+                        gaussian_kernel_size=9, gaussian_sigma=1)).cpu()
+    optimizer = torch.optim.AdamW(optim.param_groups_weight_decay(model, 0.05), betas=(0.9, 0.95))
+    args = argparse.Namespace(epochs=2, warmup_epochs=0.5, lr=1.5e-3, min_lr=0.0, accum_iter=1, use_ema_model=False,
+                              predict_feature="none", permutation_type="attention_center", attention_type="cls")
+    seen = collections.defaultdict(list)
+    writer = types.SimpleNamespace(log_dir="", add_scalar=lambda name, value, _: seen[name].append(float(value)))
+
+    def seed(*_):
+        torch.manual_seed(7000 + len(seen["loss"]))
+
+    model.register_forward_pre_hook(seed)
+    for epoch in range(2):
+        batches = [(formula((4, 3, 224, 224), 5000 + 5 * epoch + i, 2.0), None) for i in range(5)]
+        train_one_epoch(model, batches, optimizer, torch.device("cpu"), epoch, None, 0.5, writer, args)
+    apart = {name: max(abs(a / b - 1) for a, b in zip(ours, seen[name], strict=True))
+             for name, ours in (("loss", losses), ("grad_norm", grad_norms))}
+    apart["weights"] = max((weights[n] - p).norm().item() / p.norm().item() for n, p in model.named_parameters())
+    print("largest relative differences:", apart)
+    assert apart["loss"] < 2e-5 and apart["grad_norm"] < 2e-4 and apart["weights"] < 2e-4
+
+# ---------------------------------------- similarity and orders (paper: Semantic-aware permutation) ----
 
 
 def tiny(grid=4, patch=2, **options):
@@ -215,49 +290,7 @@ def test_a_new_order_is_a_function_of_the_similarity(kind):
     assert (len(passes) == 1) == (out.similarity is None) == (kind in semaim.CONTENT_FREE)
     assert not callable(kind) or out.order.equal(out.similarity.argsort(dim=1))
 
-
-def test_who_decides_order_and_target():
-    """Order: `order`, else teacher_tokens, else the model. Target: `target`, else by model.target, pixels or tokens."""
-    images, tokens, other = randn(3, 3, 8, 8), randn(3, 17, 24), randn(3, 16, 24)
-    order = patch_order("stochastic", other[..., 0])
-    pixels, attention = (tiny(order="similarity", anchor=anchor).to(DEVICE) for anchor in ("cls", "attention"))
-    features = tiny(order="similarity", anchor="gap", target="dino", target_dim=24).to(DEVICE)
-    pixel, cls, gap = pixel_target(images, 2), similarity_map(tokens, "cls"), similarity_map(tokens, "gap")
-    own = similarity_map(pixels.tokens(images))
-    for model, arguments, decided, loss, target in (
-            (pixels, dict(), own, pixel_loss, pixel), (pixels, dict(target=pixel + 1), own, pixel_loss, pixel + 1),
-            (pixels, dict(teacher_tokens=tokens), cls, pixel_loss, pixel),
-            (attention, dict(), attention.attention_map(images), pixel_loss, pixel),
-            (features, dict(teacher_tokens=tokens), gap, feature_loss, tokens[:, 1:]),
-            (features, dict(teacher_tokens=tokens, target=other), gap, feature_loss, other),
-            (features, dict(target=other), similarity_map(features.tokens(images), "gap"), feature_loss, other)):
-        out = model(images, **arguments)
-        close(out.similarity, decided.detach())
-        assert torch.equal(out.order, semaim.similarity_order(out.similarity)) and not out.similarity.requires_grad
-        close(out.loss_map, loss(out.prediction, target))
-        close(out.loss, out.loss_map.mean())
-        out = model(images, order, **arguments)
-        assert out.order is order and out.similarity is None
-
-
-@pytest.mark.parametrize("what,options,arguments", (
-    ("order", {}, dict(order=torch.zeros(3, 25).long())),
-    ("order", dict(target="dino"), dict(teacher_tokens=torch.ones(3, 26, 8))),  # a teacher with another grid
-    ("target", {}, dict(target=torch.ones(3, 16, 1))),  # would be broadcast
-    ("target", {}, dict(images=torch.ones(3, 3, 12, 12))),  # pixels of larger images
-    ("target 'dino'", dict(target="dino"), {}),  # features are missing
-    ("anchor 'attention'", dict(target="dino", anchor="attention"), dict(teacher_tokens=torch.ones(3, 17, 8))),
-    ("img_size 15", dict(img_size=15), {}), ("dim 10", dict(dim=10), {}), ("dim 8", dict(heads=3), {}),
-    ("order 'spiral'", dict(order="spiral"), {}), ("order", dict(order=lambda similarity: similarity), {}),
-    ("order", dict(order=lambda similarity: similarity[:, 1:].argsort()), {}), ("loss 'l3'", dict(loss="l3"), {}),
-    ("query_depth 3", dict(query_depth=3), {}), ("head 'deep'", dict(head="deep"), {}),
-    ("anchor 'max'", dict(anchor="max"), {})))
-def test_what_does_not_fit_is_refused(what, options, arguments):
-    with pytest.raises(UserError, match=what):
-        tiny(**options)(**dict(images=torch.randn(3, 3, 8, 8)) | arguments)
-
-
-# ---------------------------------------------------------------- masks and streams, precision, devices ----
+# ------------------------------------------------ masks and streams (paper: Autoregressive modeling) ----
 
 
 def test_masks_by_definition():
@@ -313,6 +346,119 @@ def test_initialisation_pooling_and_stochastic_depth():
     close(vit(images), vit.tokens(images)[:, 0])  # in eval mode, nothing is dropped
     assert not torch.equal(vit.train()(images), vit(images))
 
+# ---------------------------------------------------------------- targets and losses (paper: Prediction target) ----
+
+
+def test_patches_targets_losses_and_similarities_by_definition():
+    images = torch.randn(2, 3, 12, 12)
+    patches = patchify(images, 4)
+    assert patches[1, 5, (2 * 4 + 3) * 3 + 1] == images[1, 1, 1 * 4 + 2, 2 * 4 + 3]  # patch 5 = row 1, column 2
+    assert torch.equal(unpatchify(patches, 4), images)
+    images = randn(2, 3, 16, 16)
+    x = torch.arange(9.0, device=DEVICE) - 4
+    kernel = torch.exp(-(x[:, None] ** 2 + x[None, :] ** 2) / 2)
+    padded = F.pad(images, (4, 4, 4, 4))  # zeros
+    blurred = (padded.unfold(2, 9, 1).unfold(3, 9, 1) * kernel / kernel.sum()).sum((-1, -2))
+    patches = patchify(blurred, 8)
+    expected = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
+    with torch.autocast(DEVICE.type, torch.bfloat16):  # half precision must not reach the target
+        close(pixel_target(images, 8), expected)
+    close(pixel_target(images, 8, norm_pix=False), patches)
+    assert torch.equal(pixel_target(images, 8, blur=False, norm_pix=False), patchify(images, 8))
+    a, b = randn(2, 5, 6), randn(2, 5, 6)
+    close(pixel_loss(a, b), ((a - b) ** 2).mean(-1))
+    close(pixel_loss(a, b, "l1"), (a - b).abs().mean(-1))
+    close(feature_loss(a, b), 2 - 2 * F.cosine_similarity(a, b, dim=-1))
+    tokens = randn(2, 10, 8)
+    unit, mean = (F.normalize(x, dim=-1) for x in (tokens, tokens[:, 1:].mean(1, keepdim=True)))
+    close(similarity_map(tokens, "cls"), (unit[:, 1:] * unit[:, :1]).sum(-1))
+    close(similarity_map(tokens, "gap"), (unit[:, 1:] * mean).sum(-1))  # golden numbers check the anchor "attention"
+
+
+def test_who_decides_order_and_target():
+    """Order: `order`, else teacher_tokens, else the model. Target: `target`, else by model.target, pixels or tokens."""
+    images, tokens, other = randn(3, 3, 8, 8), randn(3, 17, 24), randn(3, 16, 24)
+    order = patch_order("stochastic", other[..., 0])
+    pixels, attention = (tiny(order="similarity", anchor=anchor).to(DEVICE) for anchor in ("cls", "attention"))
+    features = tiny(order="similarity", anchor="gap", target="dino", target_dim=24).to(DEVICE)
+    pixel, cls, gap = pixel_target(images, 2), similarity_map(tokens, "cls"), similarity_map(tokens, "gap")
+    own = similarity_map(pixels.tokens(images))
+    for model, arguments, decided, loss, target in (
+            (pixels, dict(), own, pixel_loss, pixel), (pixels, dict(target=pixel + 1), own, pixel_loss, pixel + 1),
+            (pixels, dict(teacher_tokens=tokens), cls, pixel_loss, pixel),
+            (attention, dict(), attention.attention_map(images), pixel_loss, pixel),
+            (features, dict(teacher_tokens=tokens), gap, feature_loss, tokens[:, 1:]),
+            (features, dict(teacher_tokens=tokens, target=other), gap, feature_loss, other),
+            (features, dict(target=other), similarity_map(features.tokens(images), "gap"), feature_loss, other)):
+        out = model(images, **arguments)
+        close(out.similarity, decided.detach())
+        assert torch.equal(out.order, semaim.similarity_order(out.similarity)) and not out.similarity.requires_grad
+        close(out.loss_map, loss(out.prediction, target))
+        close(out.loss, out.loss_map.mean())
+        out = model(images, order, **arguments)
+        assert out.order is order and out.similarity is None
+
+
+@pytest.mark.parametrize("what,options,arguments", (
+    ("order", {}, dict(order=torch.zeros(3, 25).long())),
+    ("order", dict(target="dino"), dict(teacher_tokens=torch.ones(3, 26, 8))),  # a teacher with another grid
+    ("target", {}, dict(target=torch.ones(3, 16, 1))),  # would be broadcast
+    ("target", {}, dict(images=torch.ones(3, 3, 12, 12))),  # pixels of larger images
+    ("target 'dino'", dict(target="dino"), {}),  # features are missing
+    ("anchor 'attention'", dict(target="dino", anchor="attention"), dict(teacher_tokens=torch.ones(3, 17, 8))),
+    ("img_size 15", dict(img_size=15), {}), ("dim 10", dict(dim=10), {}), ("dim 8", dict(heads=3), {}),
+    ("order 'spiral'", dict(order="spiral"), {}), ("order", dict(order=lambda similarity: similarity), {}),
+    ("order", dict(order=lambda similarity: similarity[:, 1:].argsort()), {}), ("loss 'l3'", dict(loss="l3"), {}),
+    ("query_depth 3", dict(query_depth=3), {}), ("head 'deep'", dict(head="deep"), {}),
+    ("anchor 'max'", dict(anchor="max"), {})))
+def test_what_does_not_fit_is_refused(what, options, arguments):
+    with pytest.raises(UserError, match=what):
+        tiny(**options)(**dict(images=torch.randn(3, 3, 8, 8)) | arguments)
+
+# ---------------------------------------------------------------- recipes and optimisers ----
+
+
+def test_the_recipes_of_vit_base():
+    expected = dict(
+        data="data/imagenet", img_size=224, patch_size=16, query_depth=12, target="pixel", order="semantic",
+        anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp", epochs=800, warmup_epochs=30.0, total_batch=2048,
+        blr=2e-4, min_lr=0.0, weight_decay=0.05, clip_grad=3.0, seed=0, eval_every=20)
+    assert vars(train.parse_args(["--arch", "vit_base"])).items() >= expected.items()
+    assert train.parse_args(["--arch", "vit_base", "--epochs", "5"]).epochs == 5  # a given flag wins
+    for task, expected in (
+            ("linear", dict(epochs=90, total_batch=4096, blr=0.1, weight_decay=0.0, pool="cls", smoothing=0.0)),
+            ("finetune", dict(epochs=100, total_batch=1024, blr=5e-4, layer_decay=0.65, pool="mean", smoothing=0.1))):
+        assert vars(evaluation.parse_args([task, "--arch", "vit_base"])[0]).items() >= expected.items()
+
+
+def test_split_batch():
+    for arguments, expected in (((2048, 256, 1), (256, 8)), ((2048, 256, 64), (32, 1)), ((2048, 256, 3), (227, 3)),
+                                ((2048, 4096, 2), (1024, 1)), ((50, 128, 1), (50, 1)), ((128, 128, 256), (1, 1))):
+        assert train.split_batch(*arguments) == expected
+
+
+def test_weight_decay_and_layer_decay():
+    model = tiny()
+    found = {id(p): group["weight_decay"] for group in train.make_optimizer(model, 0.05).param_groups
+             for p in group["params"]}
+    for name, p in model.named_parameters():
+        free = name.endswith("bias") or "norm" in name
+        assert found.get(id(p)) == (None if name == "pos_embed" else 0.0 if free else 0.05), name
+    model = ViT(16, 8, 16, depth=12, heads=2, num_classes=3, pool="mean")
+    groups = evaluation.layer_decay_groups(model, 0.05, 0.65)
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        layer = int(name.split(".")[1]) + 1 if "blocks." in name else 13 if name.startswith(("fc_norm", "head")) else 0
+        free = name.endswith("bias") or "norm" in name or name in ("cls_token", "pos_embed")
+        assert found[id(p)]["scale"] == pytest.approx(0.65 ** (13 - layer)), name
+        assert found[id(p)]["weight_decay"] == (0.0 if free else 0.05), name
+
+
+# ================================================================ Part 2: the programs ====
+
+# ---------------------------------------------------------------- precision and devices ----
+
 
 @pytest.mark.parametrize("anchor", semaim.ANCHORS)
 def test_autocast(anchor):
@@ -326,22 +472,6 @@ def test_autocast(anchor):
     assert not torch.equal(found, found.bfloat16().float())  # not computed in bf16 and then converted
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("target", ("pixel", "clip"))
-def test_compiles_without_a_graph_break(target):
-    images, arguments, results = torch.randn(2, 3, 8, 8), {}, []
-    compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")  # no C++ compiler
-    if target == "clip":  # it resizes the images
-        arguments = dict(teacher_tokens=compiled(semaim.CLIPTower(16, 4, 64, 1, 1, 24).tokens)(images).detach())
-    for wrap in (compiled, lambda model: model):
-        model = tiny(depth=1, query_depth=1, target=target, target_dim=24 if target == "clip" else None)
-        torch.manual_seed(1)  # for the ties
-        with torch.autocast("cpu", torch.bfloat16):
-            out = wrap(model)(images, **arguments)
-        out.loss.backward()
-        results.append((out.order, out.loss, *(p.grad for p in model.parameters() if p.requires_grad)))
-    close(*results, rtol=0.02, atol=0.001)
 
 
 class Devices(TorchDispatchMode):
@@ -373,7 +503,6 @@ def test_no_tensor_is_created_on_another_device(monkeypatch, target):
                 semaim.ema_update(teacher, model, 0.999)
         assert devices.seen == {"meta"}
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
 
 # ---------------------------------------------------------------- teachers and weight files ----
 
@@ -561,17 +690,6 @@ def test_a_missing_file_and_a_missing_package(tmp_path, monkeypatch):
         load_weights(tmp_path / "x.safetensors")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_no_code_of_a_torchscript_archive_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.jit.script(torch.nn.Linear(2, 2)).save("OLD")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="TorchScript") as error:
-        patch.delattr(torch.jit, "load")  # which runs the archive's code
-        load_weights("OLD")
-    exec(re.search('python -c "(.*)"', str(error.value))[1])  # the message holds a line that converts it
-    assert load_weights("NEW").keys() == {"weight", "bias"}
-
-
 def test_ema_teacher_follows_the_closed_form():
     model, images, seen = tiny(target="ema").to(DEVICE), randn(2, 3, 8, 8), []
     teacher = vit_like(semaim.encoder_weights(model.state_dict()), heads=2).to(DEVICE)
@@ -584,10 +702,8 @@ def test_ema_teacher_follows_the_closed_form():
     expected = 0.9**20 * start + sum(0.1 * 0.9 ** (19 - i) * w for i, w in enumerate(seen))
     close(teacher.blocks[0].attn.qkv.weight, expected)
 
-
 # ---------------------------------------------------------------- data ----
 
-HERE = Path(train.__file__).parent
 EVAL_VIEW = functools.partial(train.eval_view, size=32)
 
 
@@ -717,47 +833,6 @@ def test_every_image_once_an_epoch_for_any_split(monkeypatch):
     assert [len(epoch) for epoch in epochs] == [24, 24] and epochs[0] != epochs[1]
     assert keys(2, 1) == keys(1, 2) == keys(2, 2) == keys(4, 2) == one
     assert keys(2, 1, start=4) == one[4:]
-
-
-# ---------------------------------------------------------------- recipes and optimisers ----
-
-
-def test_the_recipes_of_vit_base():
-    expected = dict(
-        data="data/imagenet", img_size=224, patch_size=16, query_depth=12, target="pixel", order="semantic",
-        anchor="cls", loss="l2", norm_pix=True, blur=True, head="mlp", epochs=800, warmup_epochs=30.0, total_batch=2048,
-        blr=2e-4, min_lr=0.0, weight_decay=0.05, clip_grad=3.0, seed=0, eval_every=20)
-    assert vars(train.parse_args(["--arch", "vit_base"])).items() >= expected.items()
-    assert train.parse_args(["--arch", "vit_base", "--epochs", "5"]).epochs == 5  # a given flag wins
-    for task, expected in (
-            ("linear", dict(epochs=90, total_batch=4096, blr=0.1, weight_decay=0.0, pool="cls", smoothing=0.0)),
-            ("finetune", dict(epochs=100, total_batch=1024, blr=5e-4, layer_decay=0.65, pool="mean", smoothing=0.1))):
-        assert vars(evaluation.parse_args([task, "--arch", "vit_base"])[0]).items() >= expected.items()
-
-
-def test_split_batch():
-    for arguments, expected in (((2048, 256, 1), (256, 8)), ((2048, 256, 64), (32, 1)), ((2048, 256, 3), (227, 3)),
-                                ((2048, 4096, 2), (1024, 1)), ((50, 128, 1), (50, 1)), ((128, 128, 256), (1, 1))):
-        assert train.split_batch(*arguments) == expected
-
-
-def test_weight_decay_and_layer_decay():
-    model = tiny()
-    found = {id(p): group["weight_decay"] for group in train.make_optimizer(model, 0.05).param_groups
-             for p in group["params"]}
-    for name, p in model.named_parameters():
-        free = name.endswith("bias") or "norm" in name
-        assert found.get(id(p)) == (None if name == "pos_embed" else 0.0 if free else 0.05), name
-    model = ViT(16, 8, 16, depth=12, heads=2, num_classes=3, pool="mean")
-    groups = evaluation.layer_decay_groups(model, 0.05, 0.65)
-    found = {id(p): group for group in groups for p in group["params"]}
-    assert len(found) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    for name, p in model.named_parameters():
-        layer = int(name.split(".")[1]) + 1 if "blocks." in name else 13 if name.startswith(("fc_norm", "head")) else 0
-        free = name.endswith("bias") or "norm" in name or name in ("cls_token", "pos_embed")
-        assert found[id(p)]["scale"] == pytest.approx(0.65 ** (13 - layer)), name
-        assert found[id(p)]["weight_decay"] == (0.0 if free else 0.05), name
-
 
 # ---------------------------------------------------------------- runs ----
 
@@ -1093,6 +1168,21 @@ def test_a_teacher_decides_order_and_target(made, tmp_path, monkeypatch, target,
     assert out.prediction.shape == tokens[:, 1:].shape
 
 
+def test_compiled_blocks_train_like_others(made, tmp_path, monkeypatch):
+    compiled, compile_block = [], torch.nn.Module.compile
+
+    def quickly(block):
+        compiled.append(type(block).__name__)
+        compile_block(block, backend="aot_eager")  # without a C++ compiler
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    flags = ("--order", "raster", "--epochs", 1, "--total_batch", 6)
+    plain, fast = (run(made, *flags, f"--{no}compile", out=tmp_path / no) for no in ("no-", ""))
+    assert compiled == 4 * ["Block"] + ["QueryBlock"] and fast["step"] == 2
+    same_weights(fast["model"], plain["model"])  # and the same names
+    assert log(tmp_path)[-1]["loss"] == pytest.approx(log(tmp_path / "no-")[-1]["loss"], rel=1e-5)
+
+
 def test_two_steps_and_knn_on_this_device(made, tmp_path, monkeypatch, capsys):
     device = torch.device("cuda", 0) if DEVICE.type == "cuda" else DEVICE
     monkeypatch.setattr(train, "DEVICE", device)
@@ -1101,7 +1191,6 @@ def test_two_steps_and_knn_on_this_device(made, tmp_path, monkeypatch, capsys):
     assert saved["step"] == 2 and saved["config"]["total_batch"] == 12  # there are only 12 images
     result = score(capsys, "knn", "--checkpoint", tmp_path / "last.pt", "--data", made / "data", "--workers", 0)
     assert result["task"] == "knn" and 0 <= result["top1"] <= 100
-
 
 # ---------------------------------------------------------------- evaluation ----
 
@@ -1210,7 +1299,6 @@ def test_mixup_cutmix_and_smoothing_make_soft_targets(made, tmp_path, capsys, mo
     assert ((targets > 0.01) & (targets < 0.99)).any()
     assert ((pixels - pixels.round()).abs() < 1e-2).all() == (cutmix > 0)
 
-
 # ---------------------------------------------------------------- pictures, and what the order follows ----
 
 
@@ -1238,7 +1326,6 @@ def test_position_share_by_definition(made):
     assert evaluation.position_share(encoder, data, "cls", args) > 0.999
     encoder.similarity = lambda images, anchor: patchify(images, 8).mean(-1)
     assert 0 <= evaluation.position_share(encoder, data, "cls", args) < 0.9
-
 
 # ---------------------------------------------------------------- several processes ----
 
@@ -1350,30 +1437,26 @@ def test_two_processes_score_like_one(several, capsys, monkeypatch):
     probes = [re.findall(f"rank {rank} has statistics (.*)", said)[-1] for rank in (0, 1)]
     assert probes[0] == probes[1] != "[]"  # of the probe's BatchNorm
 
-
 # ---------------------------------------------------------------- what a user can get wrong ----
 
 
 @pytest.mark.parametrize("command,named", (
     ("--spiral 1", "--spiral"), ("--batch_size 0", "--batch_size"), ("--blr nan", "--blr"), ("--blr inf", "--blr"),
-    ("--knn_images -5", "--knn_images"), ("--epochs 0", "--epochs"),
-    ("--img_size 33", "img_size 33"),
+    ("--knn_images -5", "--knn_images"), ("--epochs 0", "--epochs"), ("--img_size 33", "img_size 33"),
     ("--query_depth 3", "query_depth 3"), ("--target dino", "--teacher"), ("--teacher x.pt", "--teacher"),
     ("--target clip --teacher vit.pt", "vit.pt"), ("--init_weights no.pt", "no.pt"),
     ("--init_weights text.pt", "text.pt"), ("--init_weights clip.pt", "clip.pt"),
     ("--init_weights vit_tiny.pt", "--init_weights"), ("--data nowhere", "nowhere.*--data"), ("--data empty", "empty"),
     ("--data cow", "cow"), ("--output_dir text.pt", "text.pt"), ("--arch vit_base", "data/imagenet.*--data"),
     ("eval.py", "knn, linear, finetune, show"), ("eval.py --pool mean knn", "knn, linear, finetune, show"),
-    ("eval.py show --mixup 1", "--mixup"), ("eval.py knn --epochs 1", "--epochs"),
-    ("eval.py knn --checkpoint vit.pt --arch vit_nano", "--arch"), ("eval.py linear --epochs 0", "--epochs"),
-    ("eval.py knn --checkpoint vit.pt --heads two", "--heads"), ("eval.py knn --checkpoint no.pt", "no.pt"),
-    ("eval.py finetune --smoothing 2", "--smoothing"), ("eval.py finetune --layer_decay nan", "--layer_decay"),
-    ("eval.py linear --checkpoint tuned.pt", "tuned.pt.*norm"), ("eval.py linear --smoothing -1", "--smoothing"),
-    ("eval.py knn --checkpoint clip.pt", "clip.pt"), ("eval.py knn --checkpoint less.pt", "less.pt"),
-    ("eval.py knn --data photos", "photos"), ("eval.py finetune --epochs 0 --checkpoint vit.pt", "vit.pt"),
-    ("eval.py finetune --epochs 0 --checkpoint tuned.pt", "tuned.pt.*7 classes"), ("eval.py show no.png", "no.png"),
-    ("eval.py show text.pt", "text.pt"), ("eval.py knn --arch vit_base", "data/imagenet.*--data"),
-    ("eval.py linear --checkpoint vit_tiny.pt", "data/imagenet.*--data"),
+    ("eval.py linear --epochs 0", "--epochs"), ("eval.py knn --checkpoint vit.pt --heads two", "--heads"),
+    ("eval.py knn --checkpoint no.pt", "no.pt"), ("eval.py finetune --smoothing 2", "--smoothing"),
+    ("eval.py linear --smoothing -1", "--smoothing"), ("eval.py finetune --layer_decay nan", "--layer_decay"),
+    ("eval.py linear --checkpoint tuned.pt", "tuned.pt.*norm"), ("eval.py knn --checkpoint clip.pt", "clip.pt"),
+    ("eval.py knn --checkpoint less.pt", "less.pt"), ("eval.py knn --data photos", "photos"),
+    ("eval.py finetune --epochs 0 --checkpoint vit.pt", "vit.pt"), ("eval.py show no.png", "no.png"),
+    ("eval.py finetune --epochs 0 --checkpoint tuned.pt", "tuned.pt.*7 classes"),
+    ("eval.py show text.pt", "text.pt"), ("eval.py linear --checkpoint vit_tiny.pt", "data/imagenet.*--data"),
 ))
 def test_an_error_of_the_user_is_one_line_that_names_the_flag_or_file(made, monkeypatch, command, named):
     monkeypatch.chdir(made)
@@ -1430,7 +1513,6 @@ def test_an_error_ends_a_program_that_has_loader_processes(tmp_path):
     done = start(HERE / "eval.py", *f"knn --data {tmp_path}/data --workers 1".split(), timeout=60,
                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert done.returncode == 1 and re.search(f"error: {bad}.*$", done.stderr)
-
 
 # ---------------------------------------------------------------- README ----
 
