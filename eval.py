@@ -120,8 +120,8 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
         if name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
         decay = 0.0 if p.ndim == 1 or name in ("cls_token", "pos_embed") else weight_decay
-        group = dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer))
-        groups.setdefault((layer, decay), group)["params"].append(p)
+        new = dict(params=[], weight_decay=decay, scale=layer_decay ** (last - layer))
+        groups.setdefault((layer, decay), new)["params"].append(p)
     return list(groups.values())
 
 
@@ -185,30 +185,30 @@ def train_classifier(args, weights, data: Dataset, val: Dataset):
     else:
         groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
-        mixes = [mix(alpha=alpha, num_classes=len(data.classes))
-                 for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
-    mix = v2.RandomChoice(mixes) if mixes else v2.Identity()
+        mixes = [kind(alpha=alpha, num_classes=len(data.classes))
+                 for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    mix = v2.RandomChoice(mixes) if mixes else v2.Identity()  # (images, labels) -> the same, mixed
     if args.compile:
         train.compile_blocks(model)
     run = Run(args, dict(checkpoint=weights), model, optimizer, Views(data, training_view(args), args.seed))
     say(f"{run.last_step:,} steps of {run.total_batch}")
     ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     peak_lr = args.blr * run.total_batch / 256
+    scores = None  # remains so if the run was already finished
 
-    scores = None
-    for step in run.steps():
+    for _ in run.steps():
         # Forward and backward, as in train.py.
         loss = 0.0
         for micro in range(run.accum_iter):
             images, labels = mix(*run.next_batch(micro))
-            no_sync = WORLD > 1 and micro < run.accum_iter - 1
-            with ddp.no_sync() if no_sync else contextlib.nullcontext():
+            last = micro == run.accum_iter - 1
+            with contextlib.nullcontext() if last or WORLD == 1 else ddp.no_sync():
                 with autocast(args.precision):
                     batch_loss = F.cross_entropy(ddp(images), labels, label_smoothing=args.smoothing)
                 (batch_loss / run.accum_iter).backward()
-            loss = loss + batch_loss.detach() / run.accum_iter
+            loss += batch_loss.detach() / run.accum_iter
 
-        # Update the weights. Lower layers learn at a lower rate.
+        # Update the weights. In finetune, lower layers learn at a lower rate.
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         lr = learning_rate(run.epoch, peak_lr, args.warmup_epochs, args.epochs, args.min_lr)
         for group in optimizer.param_groups:
@@ -216,7 +216,6 @@ def train_classifier(args, weights, data: Dataset, val: Dataset):
         optimizer.step()
         optimizer.zero_grad()
 
-        # Count the step, evaluate, save.
         run.end_step(loss, grad_norm, lr)
         if run.evaluation_due:
             scores = classify(model, val, args)
@@ -279,18 +278,18 @@ def make_decoder(args, weights, vit: ViT) -> SemAIM | None:
     head = weights.get("prediction_head.fc2.weight", weights.get("prediction_head.weight", ()))
     if len(head) != 3 * args.patch_size**2 or weights.config.get("target", "pixel") != "pixel":
         return None
-    names = ("order", "anchor", "loss", "norm_pix", "blur")
+    names = ("order", "loss", "norm_pix", "blur")
     options = {name: weights.config[name] for name in names if name in weights.config}
     model = SemAIM(args.img_size, args.patch_size, vit.width, len(vit.blocks), vit.blocks[0].attn.heads,
                    query_depth=len({name.split(".")[1] for name in weights if name.startswith("query_blocks.")}),
-                   head="mlp" if "prediction_head.fc2.weight" in weights else "linear", **options)
+                   head="mlp" if "prediction_head.fc2.weight" in weights else "linear", anchor=args.anchor, **options)
     model.load_state_dict(weights | {"pos_embed": vit.pos_embed})  # interpolated
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def decoder_rows(model: SemAIM, images: torch.Tensor, prediction: torch.Tensor) -> dict[str, torch.Tensor]:
     """Make rows for draw(): the target and the prediction (N, L, p*p*3) of normalised images, as pixels."""
-    mean, std = train.MEAN.to(images.device), train.STD.to(images.device)
+    mean, std = train.statistics(images.device)
     target, prediction = pixel_target(images, model.patch_size, model.blur, norm_pix=False), prediction.float()
     if model.norm_pix:  # the model does not predict a patch's mean and contrast: take the true ones
         prediction = prediction * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
@@ -340,14 +339,13 @@ def show(args, weights):
     vit = make_encoder(args, weights, pool=own_pool(weights), **clip).to(DEVICE).eval()
     batch = train.normalise(pictures)
     maps = {name: vit.similarity(batch, name) for name in ANCHORS}
-    rows = {f"similarity\n({name},\nbright: high)": similarity for name, similarity in maps.items()}
+    similarities = {f"similarity\n({name},\nbright: high)": similarity for name, similarity in maps.items()}
     kind = weights.config.get("order", "semantic")
     order = patch_order(kind, maps[args.anchor])
-    rows = {"image": pictures / 255} | rows | {f"order\n({kind},\nby {args.anchor},\nbright: early)": order}
+    rows = {"image": pictures / 255} | similarities | {f"order\n({kind},\nby {args.anchor},\nbright: early)": order}
     statistics = {} if args.images else dict(position_share=position_share(vit, data, args.anchor, args))
     decoder = make_decoder(args, weights, vit)
     if decoder:
-        decoder.to(DEVICE).anchor = args.anchor
         rows |= decoder_rows(decoder, batch, decoder(batch, order).prediction)
         if not args.images:
             statistics["loss_by_place"] = loss_by_place(decoder, data, args)
@@ -361,7 +359,7 @@ def show(args, weights):
 
 
 def describe(weights, task: str, heads: str | None) -> tuple[str, dict]:
-    """Return the arch of a file of weights, or "vit", and the defaults that the file decides."""
+    """Return what a file decides: its arch ("vit" if it is none of ARCHS), and defaults. heads: the text of --heads."""
     if "proj.weight" in weights and task != "show":
         raise UserError(f"{weights.path} is a CLIP tower; use it as a teacher in train.py, or with show")
     heads = int(heads) if (heads or "").isdigit() else weights.config.get("heads", 0)
@@ -375,6 +373,8 @@ def describe(weights, task: str, heads: str | None) -> tuple[str, dict]:
 def parse_args(argv=None):
     """Read the command line and --checkpoint, whose size decides the recipe -> (arguments, weights)."""
     task, *argv = (sys.argv[1:] if argv is None else argv) or [None]
+    if task in ("-h", "--help"):
+        sys.exit(print(__doc__))
     if task not in TASKS:
         raise UserError(f"the first argument is the task, one of {', '.join(TASKS)}; flags come after it")
     names, recipe = TASKS[task]

@@ -77,7 +77,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask=None) -> Tensor:
     """Compute multi-head attention: q (N, h, Q, d), k and v (N, h, K, d) -> (N, Q, h*d).
 
     mask: None, "causal" (query t attends to keys 0..t, without a mask tensor), or bool (N, Q, K), True = may attend."""
-    causal = isinstance(mask, str)
+    causal = isinstance(mask, str) and mask == "causal"
     bias = None if causal or mask is None else mask[:, None]
     return rearrange(F.scaled_dot_product_attention(q, k, v, bias, is_causal=causal), "n h t d -> n t (h d)")
 
@@ -220,7 +220,7 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
     """Compute the cosine similarity of each patch token with the whole image: tokens (N, 1+L, D) -> (N, L), fp32.
 
     anchor: "cls" compares with CLS, "gap" with the mean of the patch tokens. For "attention" see ViT.attention_map."""
-    _check("anchor", anchor, ("cls", "gap"))
+    _check("for tokens, anchor", anchor, ("cls", "gap"))
     tokens = tokens.float()  # fp32, because argmax takes the first patch of a tie, and bf16 has ties
     patches = tokens[:, 1:]
     centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
@@ -234,7 +234,7 @@ def grid_positions(similarity: Tensor) -> Tensor:
 
 
 def sort_by(score: Tensor) -> Tensor:
-    """Sort the patches by score (N, L), whole numbers, lowest first -> order (N, L); noise below 1/2 mixes ties."""
+    """Sort the patches by a score (N, L) of whole numbers, lowest first -> order (N, L). Noise breaks the ties."""
     return (score + 0.5 * torch.rand(score.shape, device=score.device)).argsort(dim=1)
 
 
@@ -263,7 +263,7 @@ def raster_order(similarity: Tensor) -> Tensor:
 def center_order(similarity: Tensor) -> Tensor:
     """Order patches in square rings from the centre of the image outwards."""
     position = grid_positions(similarity)
-    ring = (2 * position - position[-1]).abs().amax(-1)
+    ring = (2 * position - position[-1]).abs().amax(-1)  # twice the distance from the centre, position[-1] / 2
     return sort_by(ring.expand(len(similarity), -1))
 
 
@@ -281,7 +281,7 @@ def patch_order(kind, similarity: Tensor) -> Tensor:
     """Order the patches: similarity (N, L) -> order (N, L) long, where order[n, t] is the patch predicted at step t.
 
     kind: a name in ORDERS, or any function similarity -> order, for example to try a new order. Raises
-    ValueError for another shape or dtype. Rows are not checked to be permutations: this would synchronise a GPU."""
+    UserError for another shape or dtype. Rows are not checked to be permutations: this would synchronise a GPU."""
     if not callable(kind):
         _check("order", kind, ORDERS)
         kind = ORDERS[kind]
@@ -450,9 +450,9 @@ class SemAIM(ViT):
         return query
 
     def decide_order(self, images: Tensor, teacher_tokens: Optional[Tensor]) -> tuple[Tensor, Optional[Tensor]]:
-        """Decide the order (N, L), by the similarity map (N, L) of the teacher, or of the model; some need no map."""
+        """Return the order (N, L) and the similarity map (N, L) behind it, the teacher's or the model's, or None."""
         if self.order in CONTENT_FREE:
-            return patch_order(self.order, images.new_zeros(len(images), self.pos_embed.shape[1] - 1)), None
+            return patch_order(self.order, images.new_zeros(len(images), self.pos_embed.shape[1] - 1).float()), None
         similarity = self.similarity(images) if teacher_tokens is None else similarity_map(teacher_tokens, self.anchor)
         return patch_order(self.order, similarity), similarity
 
@@ -470,7 +470,7 @@ class SemAIM(ViT):
 
         order (N, L), target (N, L, C): by default from decide_order and decide_target. teacher_tokens: (N, 1+L, C).
         masked: use predict_masked. Raises UserError if something is missing or a shape does not fit."""
-        similarity, shape = None, (len(images), self.pos_embed.shape[1] - 1)  # (N, L)
+        similarity, shape = None, (len(images), self.pos_embed.shape[1] - 1)
         if order is None:
             order, similarity = self.decide_order(images, teacher_tokens)
         if order.shape != shape:

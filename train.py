@@ -36,10 +36,10 @@ from semaim import (ANCHORS, ARCHS, ORDERS, TARGETS, SemAIM, UserError, ViT, Wei
                     load_teacher, load_weights, patch_order, pool_tokens, vit_like)
 
 MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # ImageNet's, for all data
-DATASETS = dict(cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")  # torchvision's names
+DATASETS = dict(cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")  # torchvision's classes
 resize = functools.partial(v2.functional.resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
-# ---------------------------------------------------------------- flags: the release's recipe for ViT-B ----
+# ---------------------------------------------------------------- flags; the defaults are the recipe for ViT-B ----
 
 FLAGS = {  # name: (default, help, choices); the default also gives the type
     "arch": ("vit_nano", "size of the model; it selects the recipe, which gives the defaults shown here", tuple(ARCHS)),
@@ -76,7 +76,7 @@ FLAGS = {  # name: (default, help, choices); the default also gives the type
     "compile": (False, "use torch.compile"),
     "workers": (0, "loader processes"),
     "save_every_minutes": (10.0, "time between two checkpoints"),
-    "eval_every": (20, "evaluate every N epochs and at the end; 0: only at the end"),
+    "eval_every": (20, "evaluate every N epochs (0: never), at the end, and in train.py at the start"),
     "knn_images": (60_000, "use at most N train and N val images for k-NN in training; 0: no evaluation"),
 }
 RECIPES = {  # what differs from ViT-B
@@ -152,7 +152,8 @@ def autocast(precision: str):
 
 
 def compile_blocks(model: ViT):
-    """Compile the transformer blocks. They have the same code, so that one compilation serves them all."""
+    """Compile the transformer blocks. They have the same code, so that few compilations serve them all."""
+    torch._dynamo.config.cache_size_limit = 128  # torch 2.6 compiles one variant for each rate of drop path
     for block in [*model.blocks, *getattr(model, "query_blocks", ())]:
         block.compile()
 
@@ -171,7 +172,6 @@ def draw_shapes(n: int, seed: int, size: int = 48) -> tuple[torch.Tensor, torch.
     labels = torch.randperm(n, generator=generator) % 10
     line = torch.linspace(-1, 1, size)
     y, x = line[:, None], line[None, :]
-
     # Background: smooth noise and a grating around one grey tone; clutter: three small discs of another grey.
     smooth = F.interpolate(torch.rand(n, 3, 4, 4, generator=generator), size, mode="bilinear", align_corners=True)
     angle = uniform(0, math.pi)
@@ -256,9 +256,9 @@ def load_data(args) -> tuple[Dataset, Dataset | None]:
     if not (root / "train").is_dir():
         return Folder(root, labelled=False), None
     val_root = root / "val" if (root / "val").is_dir() else root / "test"
-    data, val = Folder(root / "train"), Folder(val_root) if val_root.is_dir() else None
+    data, val = Folder(root / "train"), (Folder(val_root) if val_root.is_dir() else None)
     if val and val.classes != data.classes:
-        raise UserError(f"{val.root} and {data.root} differ in classes: {min({*val.classes} ^ {*data.classes})!r} ...")
+        raise UserError(f"{val.root} and {data.root} differ in classes: {max({*val.classes} ^ {*data.classes})!r} ...")
     return data, val
 
 
@@ -394,7 +394,8 @@ class Run:
     resumes. files: the Weights that were read, by flag; ema: a module to save as well. Raises UserError or OSError."""
 
     def __init__(self, args, files: dict[str, Weights], model, optimizer, views: Views, ema=None):
-        self.args, self.model, self.optimizer, self.ema = args, model, optimizer, ema or torch.nn.Identity()
+        self.args, self.model, self.optimizer = args, model, optimizer
+        self.ema = ema or torch.nn.Identity()  # which has an empty state dict
         n = len(views.data)
         self.batch, self.accum_iter = split_batch(min(args.total_batch, n), args.batch_size, WORLD)
         self.total_batch = self.batch * self.accum_iter * WORLD
@@ -410,11 +411,11 @@ class Run:
         (self.folder / "log.jsonl").touch()  # fails now if the folder cannot be written
         if self.last_pt.exists():
             self._resume()
-        for name, read in dict(output_dir=self.step, **{name: file.digest for name, file in files.items()}).items():
+        for name, read in [("output_dir", self.step), *((name, file.digest) for name, file in files.items())]:
             if len({*gather_objects(read)}) > 1:
                 raise UserError(f"not all processes read the same in --{name} {getattr(args, name)}")
         self.finished, self.evaluation_due, self.save_due = self.step == self.last_step, False, False
-        self.saved = self.started = time.monotonic()
+        self.saved_at = self.started_at = time.monotonic()
         self.seconds, self.status = [], ""  # of the steps since the last line of the log; text beside the progress bar
         keys = batch_keys(n, self.batch, self.accum_iter, args.seed, self.step, self.last_step)
         self.batches = load_batches(views, args.workers, batch_sampler=keys)
@@ -427,7 +428,7 @@ class Run:
             old["data"] = Path(old["data"]).name
         except Exception as e:  # torch.load raises many types
             raise UserError(f"{self.last_pt} is no checkpoint of a run ({type(e).__name__}); move it away") from None
-        for name in sorted({*old} & {*self.config} - {*MAY_CHANGE}):
+        for name in sorted((old.keys() & self.config.keys()).difference(MAY_CHANGE)):
             if old[name] != self.config[name]:
                 raise UserError(f"{self.last_pt} was made with other settings ({name}: {old[name]}, now "
                                 f"{self.config[name]}); repeat its command, or choose another --output_dir")
@@ -449,17 +450,17 @@ class Run:
             if number == signal.SIGINT:  # a second Ctrl-C ends the program at once, without saving
                 signal.signal(number, signal.default_int_handler)
 
-        handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        old_handlers = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
         bar = progress(total=self.last_step, initial=self.step, unit="step", smoothing=0.05)
         try:
             while not self.finished and not self.stopped:
-                self.started = time.monotonic()
+                self.started_at = time.monotonic()
                 yield self.step
                 bar.set_postfix_str(self.status, refresh=False)
                 bar.update()
         finally:
             bar.close()
-            for number, handler in handlers.items():
+            for number, handler in old_handlers.items():
                 signal.signal(number, handler)
         if not self.finished:
             say(f"stopped after step {self.step} of {self.last_step}; the same command resumes from {self.folder}")
@@ -472,7 +473,7 @@ class Run:
 
     def end_step(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float):
         """Count the step, log every tenth, decide what is due. Raises UserError if loss or gradient are not finite."""
-        # The step's only all-reduce and its only read from the device. All processes must stop at the same step.
+        # Besides DDP's own, the step's only all-reduce, and its only read from the device. All must stop together.
         values = torch.stack([loss, grad_norm, torch.full_like(loss, float(self.signalled))])
         if WORLD > 1:
             dist.all_reduce(values)
@@ -481,7 +482,7 @@ class Run:
             raise UserError(f"loss {loss} or gradient norm {grad_norm} is not finite; lower --blr")
         self.step, self.stopped = self.step + 1, signalled > 0
         self.finished = self.step == self.last_step
-        self.seconds.append(time.monotonic() - self.started)
+        self.seconds.append(time.monotonic() - self.started_at)
         if self.step % 10 == 0 or self.finished:
             speed = self.total_batch * len(self.seconds) / sum(self.seconds)
             self.seconds = []
@@ -489,8 +490,8 @@ class Run:
             self.log(loss=loss, lr=lr, grad_norm=grad_norm, images_per_s=speed)
         period = self.args.eval_every * self.steps_per_epoch
         self.evaluation_due = self.finished or (period > 0 and self.step % period == 0 and not self.stopped)
-        save_now = time.monotonic() > self.saved + 60 * self.args.save_every_minutes
-        self.save_due = self.evaluation_due or self.stopped or save_now
+        minutes = (time.monotonic() - self.saved_at) / 60
+        self.save_due = self.evaluation_due or self.stopped or minutes > self.args.save_every_minutes
 
     def log(self, **values):
         """Append a line to log.jsonl."""
@@ -505,7 +506,7 @@ class Run:
     def save(self):
         """Write last.pt to a temporary file and rename it, so that it is complete whenever the program is killed. A
         failed save is reported and training continues; when the run ends or stops, it raises OSError."""
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         if RANK:
             return
         checkpoint = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), config=self.config,
@@ -520,7 +521,7 @@ class Run:
         except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError for a full disk
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            why = f"{self.last_pt} could not be written ({str(e).splitlines()[0]}); an older one is kept"
+            why = f"{self.last_pt} could not be written ({str(e).splitlines()[0]}); an older one, if any, is kept"
             if self.finished or self.stopped:
                 raise OSError(why) from None
             say(f"{why}, training continues")
@@ -570,8 +571,8 @@ def knn(model: ViT, data: Dataset, val: Dataset, args, k: int = 20, temperature:
 
 def evaluate(run: Run, data: Dataset, val: Dataset | None):
     """Log the k-NN accuracy of at most --knn_images images, if there are labels."""
-    if run.args.knn_images and val and len(data.classes) > 1:
-        scores = knn(run.model, *(evenly(part, run.args.knn_images) for part in (data, val)), run.args)
+    if (count := run.args.knn_images) and val and len(data.classes) > 1:
+        scores = knn(run.model, evenly(data, count), evenly(val, count), run.args)
         say(f"epoch {run.epoch:g}: {scores}")
         run.log(**scores)
 
@@ -602,11 +603,10 @@ def make_model(args, files: dict[str, Weights]) -> tuple[SemAIM, ViT | None]:
 
 
 def ask_teacher(teacher: ViT | None, images: torch.Tensor, args) -> tuple:
-    """Return the teacher's order, or None if its tokens decide it, and its tokens. Without a teacher: None, None."""
+    """Return the teacher's order, or None if SemAIM can compute it from its tokens, and its tokens."""
     if teacher is None:
         return None, None
-    attention = args.anchor == "attention"
-    order = patch_order(args.order, teacher.similarity(images, "attention")) if attention else None
+    order = patch_order(args.order, teacher.similarity(images, "attention")) if args.anchor == "attention" else None
     return order, teacher.tokens(images)
 
 
@@ -628,18 +628,18 @@ def train(args):
     ddp = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
     peak_lr = args.blr * run.total_batch / 256
 
-    for step in run.steps():
+    for _ in run.steps():
         # Forward and backward. Gradients add up over micro-batches; in the last one, DDP averages them over processes.
         loss = 0.0
         for micro in range(run.accum_iter):
             images, _ = run.next_batch(micro)
-            no_sync = WORLD > 1 and micro < run.accum_iter - 1
-            with ddp.no_sync() if no_sync else contextlib.nullcontext():
+            last = micro == run.accum_iter - 1
+            with contextlib.nullcontext() if last or WORLD == 1 else ddp.no_sync():
                 with autocast(args.precision):
                     order, tokens = ask_teacher(teacher, images, args)
                     out = ddp(images, order, teacher_tokens=tokens)
                 (out.loss / run.accum_iter).backward()
-            loss = loss + out.loss.detach() / run.accum_iter
+            loss += out.loss.detach() / run.accum_iter
 
         # Update the weights.
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
@@ -681,7 +681,7 @@ def parse_flags(argv, flags: dict, defaults: dict, positional: str = "", **optio
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(allow_abbrev=False, formatter_class=formatter, **options)
     parser.error = fail
-    for name, (_, text, *choices) in flags.items():
+    for name, (_, text, *choices) in flags.items():  # zero or one tuple of choices
         default = defaults[name]
         if isinstance(default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
@@ -693,14 +693,14 @@ def parse_flags(argv, flags: dict, defaults: dict, positional: str = "", **optio
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, (int, float)):
-            low, high = int(name in COUNTS), 1 if name in SHARES else math.inf
+            low, high = (1 if name in COUNTS else 0), (1 if name in SHARES else math.inf)
             if not low <= value <= high or math.isinf(value):
-                raise UserError(f"--{name} {value} is not a finite number from {low} to {high}")
+                raise UserError(f"--{name} {value}: it must be finite, at least {low} and at most {high}")
     return args
 
 
 def defaults_of(arch: str, data: str | None, flags: dict = FLAGS) -> dict:
-    """Return the defaults of all flags, which depend on --arch, --data and the machine."""
+    """Return the defaults of all flags, which depend on --arch, --data and the machine. Select this process's GPU."""
     defaults = {name: flag[0] for name, flag in flags.items()} | ARCHS.get(arch, {}) | RECIPES.get(arch, {})
     bf16 = DEVICE.type == "cpu" and arch != "vit_nano"
     if DEVICE.type == "cuda":
@@ -724,10 +724,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def user_errors():
-    """Print what a user can mend as one line; other errors keep their traceback. Leave the process group at the end."""
+    """Print what a user can mend as one line, else a traceback. Leave the process group at the end."""
     try:
         yield
-    except Exception as e:
+    except BaseException as e:  # Ctrl-C too
         traceback.clear_frames(e.__traceback__)  # frees the loaders; else Python would wait for them at exit
         message = re.sub(r"^\w+Error: ", "", (str(e) or repr(e)).strip().splitlines()[-1])  # loaders send tracebacks
         if re.search("out of memory|not enough memory|cannot allocate memory", str(e), re.IGNORECASE):
