@@ -201,8 +201,8 @@ def train_classifier(args, weights, data: Dataset, val: Dataset):
         loss = 0.0
         for micro in range(run.accum_iter):
             images, labels = mix(*run.next_batch(micro))
-            last = micro == run.accum_iter - 1
-            with contextlib.nullcontext() if last or WORLD == 1 else ddp.no_sync():
+            sync = WORLD == 1 or micro == run.accum_iter - 1
+            with contextlib.nullcontext() if sync else ddp.no_sync():
                 with autocast(args.precision):
                     batch_loss = F.cross_entropy(ddp(images), labels, label_smoothing=args.smoothing)
                 (batch_loss / run.accum_iter).backward()
@@ -391,10 +391,10 @@ def parse_args(argv=None):
     defaults = train.defaults_of(arch, known.data, FLAGS) | decided | recipe | nano
     args = train.parse_flags(argv, {name: FLAGS[name] for name in names}, defaults,
                              "images" if task == "show" else "", prog=f"eval.py {task}")
-    args.task, args.arch, args.patch_size = task, arch, vars(args).get("patch_size", defaults["patch_size"])
-    if not vars(args).get("output_dir"):
-        first = task if vars(args).get("images") else f"{task}-{Path(args.data).resolve().name}"
-        args.output_dir = str(folder / train.run_name(args, first, defaults, dict(checkpoint=weights)))
+    args.task, args.arch, args.patch_size = task, arch, getattr(args, "patch_size", defaults["patch_size"])
+    if not getattr(args, "output_dir", ""):
+        prefix = task if getattr(args, "images", ()) else f"{task}-{Path(args.data).resolve().name}"
+        args.output_dir = str(folder / train.run_name(args, prefix, defaults, dict(checkpoint=weights)))
     return args, weights
 
 

@@ -129,7 +129,7 @@ class Block(nn.Module):
         if not (self.training and self.drop_path):
             return branch
         keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
-        return branch * keep / (1 - self.drop_path)
+        return branch * keep / max(1 - self.drop_path, 1e-9)
 
     def forward(self, x: Tensor, mask=None) -> Tensor:
         x = x + self._drop(self.attn(self.norm1(x), mask))
@@ -220,7 +220,7 @@ def similarity_map(tokens: Tensor, anchor: str = "cls") -> Tensor:
     """Compute the cosine similarity of each patch token with the whole image: tokens (N, 1+L, D) -> (N, L), fp32.
 
     anchor: "cls" compares with CLS, "gap" with the mean of the patch tokens. For "attention" see ViT.attention_map."""
-    _check("for tokens, anchor", anchor, ("cls", "gap"))
+    _check("similarity_map's anchor", anchor, ("cls", "gap"))
     tokens = tokens.float()  # fp32, because argmax takes the first patch of a tie, and bf16 has ties
     patches = tokens[:, 1:]
     centre = tokens[:, :1] if anchor == "cls" else patches.mean(1, keepdim=True)
@@ -542,7 +542,7 @@ def ema_update(teacher: ViT, model: ViT, decay: float):
 
 
 class Weights(dict):
-    """State dict, name -> fp32 tensor, with the path and SHA-256 of its file, and the settings of a run's last.pt."""
+    """State dict, name -> fp32 tensor, with path and digest (SHA-256) of its file, and the config of a last.pt."""
     path, digest, config = "the state dict", "", {}
 
 
@@ -556,7 +556,7 @@ STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225),  # mean and standard
 
 
 def _read_file(path) -> tuple[dict, str]:
-    """Read a file of torch.save or safetensors -> (dict, SHA-256). No code is run. Raises UserError or OSError."""
+    """Read a file of torch.save or safetensors -> (dict, digest). No code is run. Raises UserError or OSError."""
     try:
         with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):  # in DINO's, MAE's files
             digest = hashlib.sha256(file.read()).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Tests; they need no internet and use a GPU if present: python -m pytest -q test_semaim.py
 
 Golden numbers were computed with the authors' release, on a CPU in fp32. A formula makes their weights, images and
-orders, so that no file is needed. Everything else is compared with its definition, which is written out here.
+orders, so that no weights are needed. The method is also compared with its definition, which is written out here.
 """
 import argparse
 import collections

@@ -39,7 +39,7 @@ MEAN, STD = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2,
 DATASETS = dict(cifar10="CIFAR10", cifar100="CIFAR100", fashion_mnist="FashionMNIST")  # torchvision's classes
 resize = functools.partial(v2.functional.resize, interpolation=InterpolationMode.BICUBIC, antialias=True)
 
-# ---------------------------------------------------------------- flags; the defaults are the recipe for ViT-B ----
+# ------------------------------------------- flags, with the defaults of ViT-B; ARCHS and RECIPES override them ----
 
 FLAGS = {  # name: (default, help, choices); the default also gives the type
     "arch": ("vit_nano", "size of the model; it selects the recipe, which gives the defaults shown here", tuple(ARCHS)),
@@ -76,7 +76,7 @@ FLAGS = {  # name: (default, help, choices); the default also gives the type
     "compile": (False, "use torch.compile"),
     "workers": (0, "loader processes"),
     "save_every_minutes": (10.0, "time between two checkpoints"),
-    "eval_every": (20, "evaluate every N epochs (0: never), at the end, and in train.py at the start"),
+    "eval_every": (20, "evaluate every N epochs (0: not in between), at the end, and in train.py at the start"),
     "knn_images": (60_000, "use at most N train and N val images for k-NN in training; 0: no evaluation"),
 }
 RECIPES = {  # what differs from ViT-B
@@ -87,7 +87,7 @@ RECIPES = {  # what differs from ViT-B
 COUNTS = ("img_size", "patch_size", "query_depth", "total_batch", "batch_size")  # at least 1; other numbers at least 0
 SHARES = ("smoothing", "layer_decay", "drop_path", "crop_min", "erasing")  # 0 to 1
 FILES = ("checkpoint", "init_weights", "teacher")
-# A resumed run may have others of these, which at most change rounding and ties; but not other contents of FILES.
+# May change on resuming (of FILES, the place). batch_size then changes rounding, random draws, the probe's BatchNorm.
 MAY_CHANGE = ("output_dir", "data_root", "batch_size", "workers", "compile", "save_every_minutes", "eval_every",
               "knn_images", *FILES)
 
@@ -152,7 +152,7 @@ def autocast(precision: str):
 
 
 def compile_blocks(model: ViT):
-    """Compile the transformer blocks. They have the same code, so that few compilations serve them all."""
+    """Compile the transformer blocks. They have the same code, so that one compilation can serve many."""
     torch._dynamo.config.cache_size_limit = 128  # torch 2.6 compiles one variant for each rate of drop path
     for block in [*model.blocks, *getattr(model, "query_blocks", ())]:
         block.compile()
@@ -327,8 +327,8 @@ def batch_keys(n: int, batch: int, accum_iter: int, seed: int, start: int, stop:
 
 def load_batches(views: Views, workers: int, **sampling):
     """Yield batches of views, images (n, 3, size, size) normalised and labels (n,), both on the device."""
-    # fork shares the list of files between the workers; it is not the default of every Python
-    fork, cuda = "fork" if workers and sys.platform == "linux" else None, DEVICE.type == "cuda"
+    cuda = DEVICE.type == "cuda"
+    fork = "fork" if workers and sys.platform == "linux" else None  # shares the list of files between the workers
     for images, labels in DataLoader(views, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals,
                                      multiprocessing_context=fork, **sampling):
         yield normalise(images), labels.to(DEVICE, non_blocking=cuda)
@@ -378,15 +378,15 @@ def make_optimizer(model, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-def run_name(args, first: str, recipe: dict, files: dict[str, Weights]) -> str:
-    """Name a run after all that differs from the recipe, as in vit_nano-shapes-pixel-order_raster-seed_1, where `first`
-    is vit_nano-shapes-pixel. Of a file, the name and the first digits of its digest."""
+def run_name(args, prefix: str, recipe: dict, files: dict[str, Weights]) -> str:
+    """Name a run after the settings that differ from the recipe, as in vit_nano-shapes-pixel-order_raster-seed_1, where
+    prefix is vit_nano-shapes-pixel. Of a file, the name and the first digits of its digest."""
     for name, value in vars(args).items():
         if name in files and value:
-            first += f"-{name}_{Path(value).stem}_{files[name].digest[:8]}"
+            prefix += f"-{name}_{Path(value).stem}_{files[name].digest[:8]}"
         elif name not in (*MAY_CHANGE, "arch", "data", "target") and value != recipe.get(name, value):
-            first += f"-{name}_{value}"
-    return first
+            prefix += f"-{name}_{value}"
+    return prefix
 
 
 class Run:
@@ -400,23 +400,23 @@ class Run:
         self.batch, self.accum_iter = split_batch(min(args.total_batch, n), args.batch_size, WORLD)
         self.total_batch = self.batch * self.accum_iter * WORLD
         self.steps_per_epoch = n // self.total_batch
-        self.last_step = self.steps_per_epoch * args.epochs
+        self.step, self.last_step = 0, self.steps_per_epoch * args.epochs
         if not self.last_step:
             raise UserError(f"no steps with --epochs {args.epochs} and {n} images in {WORLD} processes")
         self.config = vars(args) | dict(data=Path(args.data).resolve().name, images=n, total_batch=self.total_batch)
         self.config |= {f"{name}_content": files.get(name, Weights()).digest for name in FILES}
-        self.step, self.signalled, self.stopped = 0, False, False  # signalled: this process; stopped: all of them
+        self.signalled = self.stopped = self.evaluation_due = self.save_due = False  # signalled: this process
         self.folder, self.last_pt = Path(args.output_dir), Path(args.output_dir) / "last.pt"
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "log.jsonl").touch()  # fails now if the folder cannot be written
         if self.last_pt.exists():
             self._resume()
-        for name, read in [("output_dir", self.step), *((name, file.digest) for name, file in files.items())]:
-            if len({*gather_objects(read)}) > 1:
-                raise UserError(f"not all processes read the same in --{name} {getattr(args, name)}")
-        self.finished, self.evaluation_due, self.save_due = self.step == self.last_step, False, False
+        for flag, content in [("output_dir", self.step), *((flag, file.digest) for flag, file in files.items())]:
+            if len({*gather_objects(content)}) > 1:
+                raise UserError(f"not all processes read the same in --{flag} {getattr(args, flag)}")
+        self.finished = self.step == self.last_step
         self.saved_at = self.started_at = time.monotonic()
-        self.seconds, self.status = [], ""  # of the steps since the last line of the log; text beside the progress bar
+        self.seconds, self.status = [], ""  # seconds: of the steps since the last log line; status: beside the bar
         keys = batch_keys(n, self.batch, self.accum_iter, args.seed, self.step, self.last_step)
         self.batches = load_batches(views, args.workers, batch_sampler=keys)
 
@@ -425,7 +425,7 @@ class Run:
         try:
             saved = torch.load(self.last_pt, map_location="cpu", weights_only=True)
             model, optimizer, ema, old = (saved[name] for name in ("model", "optimizer", "ema", "config"))
-            old["data"] = Path(old["data"]).name
+            old["data"] = Path(old["data"]).name  # older files have the whole path
         except Exception as e:  # torch.load raises many types
             raise UserError(f"{self.last_pt} is no checkpoint of a run ({type(e).__name__}); move it away") from None
         for name in sorted((old.keys() & self.config.keys()).difference(MAY_CHANGE)):
@@ -473,7 +473,7 @@ class Run:
 
     def end_step(self, loss: torch.Tensor, grad_norm: torch.Tensor, lr: float):
         """Count the step, log every tenth, decide what is due. Raises UserError if loss or gradient are not finite."""
-        # Besides DDP's own, the step's only all-reduce, and its only read from the device. All must stop together.
+        # The step's only all-reduce besides DDP's, and only read from the device. The sum of signalled stops all.
         values = torch.stack([loss, grad_norm, torch.full_like(loss, float(self.signalled))])
         if WORLD > 1:
             dist.all_reduce(values)
@@ -570,7 +570,7 @@ def knn(model: ViT, data: Dataset, val: Dataset, args, k: int = 20, temperature:
 
 
 def evaluate(run: Run, data: Dataset, val: Dataset | None):
-    """Log the k-NN accuracy of at most --knn_images images, if there are labels."""
+    """Log the k-NN accuracy of at most --knn_images images each of train and val, if there are labels."""
     if (count := run.args.knn_images) and val and len(data.classes) > 1:
         scores = knn(run.model, evenly(data, count), evenly(val, count), run.args)
         say(f"epoch {run.epoch:g}: {scores}")
@@ -603,7 +603,7 @@ def make_model(args, files: dict[str, Weights]) -> tuple[SemAIM, ViT | None]:
 
 
 def ask_teacher(teacher: ViT | None, images: torch.Tensor, args) -> tuple:
-    """Return the teacher's order, or None if SemAIM can compute it from its tokens, and its tokens."""
+    """Return the order and the tokens by the teacher; order is None where SemAIM derives it from the tokens."""
     if teacher is None:
         return None, None
     order = patch_order(args.order, teacher.similarity(images, "attention")) if args.anchor == "attention" else None
@@ -615,8 +615,8 @@ def train(args):
     join_processes()
     data, val = load_data(args)
     files = {name: load_weights(getattr(args, name)) for name in ("init_weights", "teacher") if getattr(args, name)}
-    first = f"output/{args.arch}-{Path(args.data).resolve().name}-{args.target}"
-    args.output_dir = args.output_dir or run_name(args, first, defaults_of(args.arch, args.data), files)
+    prefix = f"output/{args.arch}-{Path(args.data).resolve().name}-{args.target}"
+    args.output_dir = args.output_dir or run_name(args, prefix, defaults_of(args.arch, args.data), files)
     torch.manual_seed(args.seed)
     model, teacher = make_model(args, files)
     ema = teacher if args.target == "ema" else None
@@ -633,8 +633,8 @@ def train(args):
         loss = 0.0
         for micro in range(run.accum_iter):
             images, _ = run.next_batch(micro)
-            last = micro == run.accum_iter - 1
-            with contextlib.nullcontext() if last or WORLD == 1 else ddp.no_sync():
+            sync = WORLD == 1 or micro == run.accum_iter - 1
+            with contextlib.nullcontext() if sync else ddp.no_sync():
                 with autocast(args.precision):
                     order, tokens = ask_teacher(teacher, images, args)
                     out = ddp(images, order, teacher_tokens=tokens)
@@ -695,7 +695,7 @@ def parse_flags(argv, flags: dict, defaults: dict, positional: str = "", **optio
         if isinstance(value, (int, float)):
             low, high = (1 if name in COUNTS else 0), (1 if name in SHARES else math.inf)
             if not low <= value <= high or math.isinf(value):
-                raise UserError(f"--{name} {value}: it must be finite, at least {low} and at most {high}")
+                raise UserError(f"--{name} {value}: it must be finite, from {low} to {high}")
     return args
 
 
