@@ -362,11 +362,11 @@ def describe(weights, task: str, heads: str | None) -> tuple[str, dict]:
     """Return what a file decides: its arch ("vit" if it is none of ARCHS), and defaults. heads: the text of --heads."""
     if "proj.weight" in weights and task != "show":
         raise UserError(f"{weights.path} is a CLIP tower; use it as a teacher in train.py, or with show")
-    heads = int(heads) if (heads or "").isdigit() else weights.config.get("heads", 0)
+    heads = int(heads) if (heads or "").isdecimal() else weights.config.get("heads", 0)
     vit = vit_like(weights, heads, pool=own_pool(weights))
     known = {(arch["dim"], arch["depth"]): name for name, arch in ARCHS.items()}
     arch = known.get((vit.cls_token.shape[-1], len(vit.blocks)), "vit")
-    return arch, dict(img_size=vit.img_size, patch_size=vit.patch_size, heads=heads,
+    return arch, dict(img_size=vit.img_size, patch_size=vit.patch_size, heads=weights.config.get("heads", 0),
                       anchor=weights.config.get("anchor", "cls"))
 
 

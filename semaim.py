@@ -526,7 +526,7 @@ def load_teacher(kind: str, path, heads: Optional[int] = None, grid: Optional[in
     _check("teacher", kind, ("dino", "clip"))
     weights = path if isinstance(path, Weights) else load_weights(path)
     if (kind == "clip") != ("proj.weight" in weights):
-        raise UserError(f"{weights.path} does not fit: the target clip needs a CLIP tower, dino any other ViT")
+        raise UserError(f"{weights.path} {'is not' if kind == 'clip' else 'is'} a CLIP tower")
     return vit_like(weights, heads, grid=grid, activation=activation).eval().requires_grad_(False)
 
 

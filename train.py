@@ -87,9 +87,9 @@ RECIPES = {  # what differs from ViT-B
 COUNTS = ("img_size", "patch_size", "query_depth", "total_batch", "batch_size")  # at least 1; other numbers at least 0
 SHARES = ("smoothing", "layer_decay", "drop_path", "crop_min", "erasing")  # 0 to 1
 FILES = ("checkpoint", "init_weights", "teacher")
-# May change on resuming (of FILES, the place). batch_size then changes rounding, random draws, the probe's BatchNorm.
+# May change on resuming. batch_size then changes rounding, random draws, the probe's BatchNorm.
 MAY_CHANGE = ("output_dir", "data_root", "batch_size", "workers", "compile", "save_every_minutes", "eval_every",
-              "knn_images", *FILES)
+              "knn_images")
 
 # ---------------------------------------------------------------- processes and devices ----
 
@@ -386,7 +386,7 @@ def run_name(args, prefix: str, recipe: dict, files: dict[str, Weights]) -> str:
             prefix += f"-{name}_{Path(value).stem}_{files[name].digest[:8]}"
         elif name not in (*MAY_CHANGE, "arch", "data", "target") and value != recipe.get(name, value):
             prefix += f"-{name}_{value}"
-    return prefix
+    return prefix[:250]  # a file system allows 255
 
 
 class Run:
@@ -403,7 +403,7 @@ class Run:
         self.step, self.last_step = 0, self.steps_per_epoch * args.epochs
         if not self.last_step:
             raise UserError(f"no steps with --epochs {args.epochs} and {n} images in {WORLD} processes")
-        self.config = vars(args) | dict(data=Path(args.data).resolve().name, images=n, total_batch=self.total_batch)
+        self.config = vars(args) | dict(images=n, total_batch=self.total_batch)
         self.config |= {f"{name}_content": files.get(name, Weights()).digest for name in FILES}
         self.signalled = self.stopped = self.evaluation_due = self.save_due = False  # signalled: this process
         self.folder, self.last_pt = Path(args.output_dir), Path(args.output_dir) / "last.pt"
@@ -411,7 +411,7 @@ class Run:
         (self.folder / "log.jsonl").touch()  # fails now if the folder cannot be written
         if self.last_pt.exists():
             self._resume()
-        for flag, content in [("output_dir", self.step), *((flag, file.digest) for flag, file in files.items())]:
+        for flag, content in [("output_dir", self.step), ("data", n), *((f, file.digest) for f, file in files.items())]:
             if len({*gather_objects(content)}) > 1:
                 raise UserError(f"not all processes read the same in --{flag} {getattr(args, flag)}")
         self.finished = self.step == self.last_step
@@ -421,14 +421,15 @@ class Run:
         self.batches = load_batches(views, args.workers, batch_sampler=keys)
 
     def _resume(self):
-        """Restore everything from last.pt. Only the settings in MAY_CHANGE may differ."""
+        """Restore everything from last.pt. Only MAY_CHANGE and the places of data and files may differ."""
         try:
             saved = torch.load(self.last_pt, map_location="cpu", weights_only=True)
             model, optimizer, ema, old = (saved[name] for name in ("model", "optimizer", "ema", "config"))
-            old["data"] = Path(old["data"]).name  # older files have the whole path
+            moved = {"data"} if Path(old["data"]).resolve().name == Path(self.args.data).resolve().name else set()
         except Exception as e:  # torch.load raises many types
             raise UserError(f"{self.last_pt} is no checkpoint of a run ({type(e).__name__}); move it away") from None
-        for name in sorted((old.keys() & self.config.keys()).difference(MAY_CHANGE)):
+        moved |= {*FILES} if "checkpoint_content" in old else set()  # an older last.pt knows only their paths
+        for name in sorted((old.keys() & self.config.keys()).difference(MAY_CHANGE, moved)):
             if old[name] != self.config[name]:
                 raise UserError(f"{self.last_pt} was made with other settings ({name}: {old[name]}, now "
                                 f"{self.config[name]}); repeat its command, or choose another --output_dir")
@@ -449,7 +450,6 @@ class Run:
             self.signalled = True
             if number == signal.SIGINT:  # a second Ctrl-C ends the program at once, without saving
                 signal.signal(number, signal.default_int_handler)
-
         old_handlers = {n: signal.signal(n, ask_to_stop) for n in (signal.SIGINT, signal.SIGTERM)}
         bar = progress(total=self.last_step, initial=self.step, unit="step", smoothing=0.05)
         try:
@@ -729,7 +729,7 @@ def user_errors():
         yield
     except BaseException as e:  # Ctrl-C too
         traceback.clear_frames(e.__traceback__)  # frees the loaders; else Python would wait for them at exit
-        message = re.sub(r"^\w+Error: ", "", (str(e) or repr(e)).strip().splitlines()[-1])  # loaders send tracebacks
+        message = re.sub(r"^[\w.]+Error: ", "", (str(e) or repr(e)).strip().splitlines()[-1])  # loaders send tracebacks
         if re.search("out of memory|not enough memory|cannot allocate memory", str(e), re.IGNORECASE):
             message = "out of memory; lower --batch_size, for example to half of it"
         elif not isinstance(e, (UserError, OSError)):
