@@ -1480,7 +1480,6 @@ def test_a_mistake_in_an_own_order_keeps_its_traceback(made, tmp_path, monkeypat
 
 
 def test_starts_that_cannot_work_are_refused(made, tmp_path, monkeypatch):
-    """Fewer images than processes, and copies of the program that srun has started."""
     args, (data, _) = train.parse_args(["--data", str(made / "data"), "--output_dir", "none"]), load(made / "data")
     model = tiny()
     with monkeypatch.context() as patch:
@@ -1514,28 +1513,29 @@ def test_an_error_ends_a_program_that_has_loader_processes(tmp_path):
                  stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert done.returncode == 1 and re.search(f"error: {bad}.*$", done.stderr)
 
-# ---------------------------------------------------------------- README ----
+
+# ---------------------------------------------------------------- README and tutorial ----
 
 README = (HERE / "README.md").read_text()
+TUTORIAL = ["".join(cell["source"]) for cell in json.loads((HERE / "tutorial.ipynb").read_text())["cells"]]
 
 
 def test_readmes_python_blocks_run(tmp_path, monkeypatch):
-    pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        for old, new in (('siglip_224"', 'siglip_224", depth=1'), ("depth=12", "depth=1, query_depth=1")):
-            block = block.replace(old, new)
-        torch.manual_seed(0)
-        exec(block, found := {})
-        names |= {mark: found for mark in ("def least", "query_block") if mark in block}
-    method, own = names["query_block"], names["def least"]
-    out = method["model"](method["images"], method["order"])
-    torch.testing.assert_close(out.loss, method["loss"])  # the block is what SemAIM does
+    method, own = {}, {}
+    for block, names in zip(re.findall(r"```python\n(.*?)```", README, re.DOTALL), (method, own), strict=True):
+        exec(block, names)
+    torch.testing.assert_close(method["model"](method["images"], method["order"]).loss, method["loss"])
     weights, images = torch.load("encoder.pth", weights_only=True), torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(vit_like(weights).tokens(images), own["model"].tokens(images))
-    assert own["model"](images).order.sort(1).values.equal(torch.arange(64).expand(2, 64))
-    assert own["student"].blocks[0].attn.qkv.weight.grad.norm() > 0
+
+
+def test_the_tutorials_siglip_teacher_runs_and_its_pictures_stay_out_of_assets():
+    pytest.importorskip("timm")
+    [block] = re.findall(r"```python\n(import timm.*?)```", "\n".join(TUTORIAL), re.DOTALL)
+    exec(block, names := dict(torch=torch, SemAIM=SemAIM))
+    assert names["student"].blocks[0].attn.qkv.weight.grad.norm() > 0
+    assert "SAVE_ASSETS = False" in TUTORIAL[1]
 
 
 def test_readmes_commands_parse(made):
