@@ -129,12 +129,12 @@ def layer_decay_groups(model: ViT, weight_decay: float, layer_decay: float) -> l
 
 
 def training_view(args) -> v2.Transform:
-    """Make the view of `linear` (resize to 256/224 of the size, random crop and flip) or of `finetune` (random crop and
-    flip, RandAugment of magnitude 0 (none) to 10, and RandomErasing)."""
+    """Make the view of `linear` (resize the short side, random crop and flip) or of `finetune` (random crop and flip,
+    RandAugment of magnitude 0 (none) to 10, and RandomErasing)."""
     size, grey = args.img_size, [round(255 * x) for x in MEAN.flatten().tolist()]
     if args.task == "linear":
-        return v2.Compose([v2.Resize(size * 256 // 224, InterpolationMode.BICUBIC, antialias=True),
-                           v2.RandomCrop(size), v2.RandomHorizontalFlip()])
+        return v2.Compose([v2.Resize(size, InterpolationMode.BICUBIC, antialias=True), v2.RandomCrop(size),
+                           v2.RandomHorizontalFlip()])
     randaugment = v2.RandAugment(2 if args.randaugment else 0, args.randaugment, num_magnitude_bins=11,
                                  interpolation=InterpolationMode.BILINEAR, fill=grey)
     return train.random_crop(size, args.crop_min, randaugment, v2.RandomErasing(args.erasing, value=grey))
