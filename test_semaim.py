@@ -430,6 +430,8 @@ def test_the_recipes_of_vit_base():
             ("linear", dict(epochs=90, total_batch=4096, blr=0.1, weight_decay=0.0, pool="cls", smoothing=0.0)),
             ("finetune", dict(epochs=100, total_batch=1024, blr=5e-4, layer_decay=0.65, pool="mean", smoothing=0.1))):
         assert vars(evaluation.parse_args([task, "--arch", "vit_base"])[0]).items() >= expected.items()
+    view = evaluation.training_view(evaluation.parse_args(["linear", "--arch", "vit_base"])[0]).transforms
+    assert view[0].size == [224] and view[1].size == (224, 224)  # the release's: not resized to 256 as in evaluation
 
 
 def test_split_batch():
@@ -648,8 +650,7 @@ def without(weights, part):
 ONE = torch.ones(1)
 SCALES = {f"blocks.{i}.ls{j}.gamma": torch.ones(128) for i in (0, 1) for j in (1, 2)}  # LayerScale
 BAD_FILES = {  # good ViT weights -> the content of a bad file, and what the message names
-    "cut": (None, "corrupt"),
-    "text": (b"no weights", "not a file of weights"),
+    "cut": (None, "corrupt"), "text": (b"no weights", "not a file of weights"),
     "code": (b"cposix\nmkdir\n(Vran\ntR.", "run code"),  # a pickle that makes a folder
     "list": (lambda good: [good], "cls_token"),
     "resnet": (lambda good: {"conv1.weight": ONE, "layer1.0.conv1.weight": ONE}, "cls_token"),
@@ -665,8 +666,7 @@ BAD_FILES = {  # good ViT weights -> the content of a bad file, and what the mes
     "swiglu": (lambda good: without(good, ".mlp.") | SCALES | {  # DINOv2 ViT-g
         f"blocks.{i}.mlp.{part}.weight": ONE for i in (0, 1) for part in ("w12", "w3")}, "SwiGLU"),
     "dinov3": (lambda good: without(good, "pos_embed") | {"rope_embed.periods": ONE}, "pos_embed"),
-    "clip": (lambda good: clip_weights(), "CLIP"),
-    "no_clip": (lambda good: good, "CLIP"),
+    "clip": (lambda good: clip_weights(), "CLIP"), "no_clip": (lambda good: good, "CLIP"),
 }
 
 
