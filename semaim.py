@@ -601,7 +601,7 @@ def load_weights(path) -> Weights:
     parts = [content[key] for key in ("teacher", "model", "state_dict") if isinstance(content.get(key), dict)]
     weights = {}
     for name, value in (parts or [content])[0].items():
-        if torch.is_tensor(value) and value.is_floating_point():
+        if torch.is_tensor(value) and value.is_floating_point() and "gaussian_blur" not in str(name):  # a constant
             weights[re.sub(r"^((module|backbone|_orig_mod)\.)+", "", str(name))] = value.float()
     image_tower = {name[len("visual."):]: w for name, w in weights.items() if name.startswith("visual.")}
     weights = image_tower or weights  # CLIP may come with its text tower

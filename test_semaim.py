@@ -567,11 +567,11 @@ def clip_images(images):
 TEXT_TOWER = {"transformer.resblocks.0.ln_1.weight": torch.ones(8), "logit_scale": torch.ones(())}
 LAYOUTS = {  # how each project wraps a ViT's weights, and the extra weights that come along
     "own": lambda w: dict(model=w | {"query_blocks.0.attn.k.bias": torch.ones(1)}, config=dict(arch="x"), step=1),
-    "release": lambda w: dict(state_dict={f"module.{n}": x for n, x in w.items()}, optimizer={}, epoch=3),
+    "release": lambda w: dict(epoch=3, state_dict={
+        f"module.{n}": x for n, x in (w | {"gaussian_blur.weight": torch.ones(3, 1, 9, 9)}).items()}),
     "mae": lambda w: dict(model=w | {"mask_token": torch.ones(1), "decoder_blocks.0.norm1.weight": torch.ones(1)}),
-    "dino": lambda w: dict(
-        teacher={f"backbone.{n}": x for n, x in w.items()} | {"head.mlp.0.weight": torch.ones(1)},
-        student={f"module.backbone.{n}": x + 1 for n, x in w.items()}, args=argparse.Namespace(lr=1)),
+    "dino": lambda w: dict(student={f"module.backbone.{n}": x + 1 for n, x in w.items()}, args=argparse.Namespace(lr=1),
+                           teacher={f"backbone.{n}": x for n, x in w.items()} | {"head.mlp.0.weight": torch.ones(1)}),
     "compiled": lambda w: dict(model={f"_orig_mod.{n}": x for n, x in w.items()}, config="vit.yaml"),
     "clip": lambda w: w,  # the image tower alone
     "clip_openai": lambda w: {f"visual.{n}": x.half() for n, x in w.items()} | TEXT_TOWER,
@@ -1144,7 +1144,7 @@ def test_another_last_pt_is_refused_and_kept(made, tmp_path, kind):
 
 def test_training_starts_from_the_weights_of_a_release_file(made, tmp_path):
     model = SemAIM(32, 8, 128, 4, 2, 1).state_dict()
-    torch.save(dict(state_dict={f"module.{n}": w for n, w in model.items()}, optimizer={}), tmp_path / "release.pth")
+    torch.save(LAYOUTS["release"](model), tmp_path / "release.pth")
     trained = run(made, "--init_weights", tmp_path / "release.pth", "--blr", 1e-12, out=tmp_path / "out")["model"]
     torch.testing.assert_close(trained, dict(model), rtol=0, atol=1e-6)
 
